@@ -1,0 +1,152 @@
+"""The console command: `fedraclora run | compare | report | replay`."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from experiments.compare import compare
+from experiments.groups import check_overrides, register
+from experiments.progress import Display, start_logging
+from experiments.replay import replay
+from experiments.report import main_report
+from experiments.run import Diverged, run
+from experiments.settings import CompareSettings, Settings
+from fedraclora.plugins import nearest
+
+CONF = str(Path(__file__).resolve().parent / "conf")
+FAILED, BAD_USE, STOPPED = 1, 2, 130
+
+USAGE = """\
+fedraclora: what accuracy does a byte buy? Federated RAC-LoRA and its rivals, every byte counted.
+
+  fedraclora run [KEY=VALUE ...]          train one method; results in runs/run/<date_time> or out=PATH
+  fedraclora compare [KEY=VALUE ...]      methods x seeds on the same data: a table and report.html
+  fedraclora report RUN... [out=PATH]     report.html from finished runs
+  fedraclora replay RUN [export=PATH] [version=N]
+                                          rebuild the model from its log and verify its digest
+
+Examples:
+  fedraclora run method=rac_lora dataset=mnist_5k model=mlp rounds=20 num_clients=50 fraction=0.2 rank=8
+  fedraclora compare methods=[rac_lora,ffa_lora,fed_it,full] seeds=3 budget_mib=50
+  fedraclora compare experiment=demo
+
+`fedraclora run --help` and `fedraclora compare --help` list every setting; --cfg job prints them as they
+would be used, -m sweeps over a=1,2,3, and resume=true continues what was interrupted.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the console command and return its exit code: 0, 1 for a failure, 2 for bad use, 130 where interrupted."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    console = Console(stderr=True)
+    start_logging(console)
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    commands: dict[str, Callable[[list[str], Console], None]] = {
+        "run": _run,
+        "compare": _compare,
+        "report": _report,
+        "replay": _replay,
+    }
+    if command in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        if command not in commands:
+            raise ValueError(f"unknown command {command!r}; {nearest(command, commands)}")
+        commands[command](rest, console)
+    except (ValueError, OSError, RuntimeError) as error:
+        console.print(f"fedraclora {command}: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        return FAILED if isinstance(error, Diverged | OSError) else BAD_USE
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command with resume=true continues from the last whole round")
+        return STOPPED
+    return 0
+
+
+def _run(arguments: list[str], console: Console) -> None:
+    def job(settings: Settings) -> None:
+        with Display(console) as display:
+            display.start_run(f"{settings.method.name} on {settings.dataset.name}")
+            summary = run(settings, display)
+        accuracy, loss = summary["final_test_accuracy"], summary["final_test_loss"]
+        score = f"accuracy {accuracy:.4f}" if accuracy is not None else f"loss {loss:.6g}"
+        log = logging.getLogger("fedraclora")
+        log.info(
+            "%s after %d rounds: %s, %.3f MiB up, %.3f MiB down; chain %s",
+            summary["status"], summary["num_rounds"], score, summary["uplink_bytes"] / 2**20,
+            summary["downlink_bytes"] / 2**20, summary["chain_digest"][:12],
+        )  # fmt: skip
+
+    _hydra("run", arguments, Settings, job)
+
+
+def _compare(arguments: list[str], console: Console) -> None:
+    _hydra("compare", arguments, CompareSettings, lambda settings: compare(settings, console))
+
+
+def _hydra(command: str, arguments: list[str], settings: type, job: Callable[[Any], object]) -> None:
+    """Compose the settings of a command with Hydra and call `job` with them; errors of the job pass through."""
+    register(arguments)
+    check_overrides(arguments, settings)
+    errors: list[BaseException] = []
+
+    def entry(config: DictConfig) -> None:
+        try:
+            job(OmegaConf.to_object(config))
+        except BaseException as error:
+            # Hydra would print a traceback and exit; the caller's message says it better.
+            errors.append(error)
+
+    argv, sys.argv = sys.argv, [f"fedraclora {command}", *arguments]
+    try:
+        hydra.main(config_path=CONF, config_name=command, version_base="1.3")(entry)()
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise ValueError("these settings cannot be used (see above)") from stop
+    finally:
+        sys.argv = argv
+    if errors:
+        raise errors[0]
+
+
+def _report(arguments: list[str], console: Console) -> None:
+    runs, options = _split(arguments, ("out",))
+    if not runs:
+        raise ValueError("name the folders of finished runs: fedraclora report RUN... [out=PATH]")
+    folders = [found for run_folder in runs for found in _run_folders(Path(run_folder))]
+    out = Path(options.get("out", Path(runs[0]) / "report.html"))
+    main_report(folders, out)
+    console.print(f"report: {out}")
+
+
+def _run_folders(folder: Path) -> list[Path]:
+    """Return the run in a folder, or all runs of the comparison in it (its tuning runs left out)."""
+    if (folder / "summary.json").exists() or not folder.is_dir():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/*/summary.json"))
+
+
+def _replay(arguments: list[str], console: Console) -> None:
+    runs, options = _split(arguments, ("export", "version"))
+    if len(runs) != 1:
+        raise ValueError("name the folder of one finished run: fedraclora replay RUN [export=PATH] [version=N]")
+    version = int(options["version"]) if "version" in options else None
+    for line in replay(Path(runs[0]), version=version, export=options.get("export")):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _split(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    if "--help" in arguments or "-h" in arguments:
+        raise ValueError(f"see `fedraclora --help`; the options here are {', '.join(f'{name}=...' for name in known)}")
+    options = dict(item.split("=", 1) for item in arguments if "=" in item)
+    for key in options:
+        if key not in known:
+            raise ValueError(f"unknown option {key!r}; {nearest(key, known)}")
+    return [item for item in arguments if "=" not in item], options

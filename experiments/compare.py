@@ -1,0 +1,209 @@
+"""A comparison: methods times seeds on the same splits, initial weights, cohorts and batch orders.
+
+Each run is an ordinary run in a folder of its own, so a comparison can be interrupted and resumed like one. Where asked, each method's
+learning rate is tuned first: on examples held out from training, with other seeds, over a grid that grows until its best value
+lies inside it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from experiments.groups import configure, plain_values
+from experiments.problem import prepare
+from experiments.progress import Display
+from experiments.report import write_report
+from experiments.results import load_runs
+from experiments.run import AT_BUDGET, FINISHED, Diverged, check_same_run, find_folder, run
+from experiments.settings import CompareSettings, Settings
+from experiments.tables import comparison_table, render_table
+from fedraclora.files import read_json, write_atomically, write_json
+from strategies.state import BudgetTooSmall
+
+log = logging.getLogger("fedraclora")
+
+# Far from the seeds of any comparison, so that tuning and comparing share no split, weights or cohorts.
+TUNING_SEED = 1_000_000
+Score = Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A method's scores by learning rate, and the best one; `is_interior` says that both neighbours were tried and are worse."""
+
+    scores: dict[float, float]
+    best: float
+    is_interior: bool
+
+
+def compare(settings: CompareSettings, console: Console) -> Path:
+    """Run the comparison and write its tables and its report; return the folder.
+
+    Methods that cannot afford a round are shown with the reason. Raises ValueError for settings that cannot be run,
+    before any training starts.
+    """
+    _check(settings)
+    folder = find_folder(settings)
+    if settings.resume and (folder / "settings.yaml").exists():
+        check_same_run(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "settings.yaml", OmegaConf.to_yaml(OmegaConf.create(plain_values(settings))).encode())
+    refused: dict[str, str] = {}
+    with Display(console, num_runs=len(settings.methods) * settings.seeds) as display:
+        rates = _tune_all(settings, folder, display)
+        finished = [
+            path
+            for seed in range(settings.seed, settings.seed + settings.seeds)
+            for method in settings.methods
+            if method not in refused
+            and (path := _run_one(_one(settings, folder, method, seed, rates.get(method)), display, refused))
+        ]
+    write_json(folder / "refused.json", refused)
+    _report(settings, folder, finished, refused, console)
+    return folder
+
+
+def _check(settings: CompareSettings) -> None:
+    if not settings.methods or len(set(settings.methods)) != len(settings.methods) or settings.seeds < 1:
+        raise ValueError(f"methods={settings.methods} must name methods, each once, and seeds={settings.seeds} be positive")
+    extra = set(settings.method_settings) - set(settings.methods)
+    if extra:
+        raise ValueError(f"method_settings names {sorted(extra)}, which are not among methods={settings.methods}")
+    for method in settings.methods:
+        _grid(settings, method)
+        prepare(_one(settings, Path(), method, settings.seed, None))
+
+
+def _one(
+    settings: CompareSettings, folder: Path, method: str, seed: int, lr: float | None
+) -> Settings:
+    """Return the settings of one run of the comparison."""
+    shared = {item.name: deepcopy(getattr(settings, item.name)) for item in fields(Settings)}
+    own = configure("method", method, settings.method_settings.get(method, {}))
+    place = {"name": settings.name, "out": str(folder / method / f"seed_{seed}"), "resume": True}
+    return Settings(**{**shared, **place, "method": own, "seed": seed, "lr": settings.lr if lr is None else lr})
+
+
+def _run_one(settings: Settings, display: Display, refused: dict[str, str]) -> Path | None:
+    """Run one part of a comparison, unless it is done; return its folder, or None where no round is affordable."""
+    assert settings.out is not None
+    folder, method = Path(settings.out), settings.method.name
+    display.start_run(f"{method} seed {settings.seed}")
+    if is_done(folder, settings.rounds):
+        check_same_run(folder, settings)
+        return folder
+    try:
+        run(settings, display)
+    except BudgetTooSmall as error:
+        refused[method] = str(error)
+        log.warning("%s: %s", method, error)
+        return None
+    except Diverged as error:
+        log.warning("%s seed %d: %s", method, settings.seed, error)
+    return folder
+
+
+def is_done(folder: Path, rounds: int) -> bool:
+    """Return whether a run's folder holds a run of that many rounds, or one that its budget ended."""
+    if not (folder / "summary.json").exists():
+        return False
+    summary = read_json(folder / "summary.json")
+    return summary["status"] == AT_BUDGET or (summary["status"] == FINISHED and summary["num_rounds"] >= rounds)
+
+
+def _report(
+    settings: CompareSettings, folder: Path, finished: Sequence[Path], refused: Mapping[str, str], console: Console
+) -> None:
+    if not finished:
+        raise BudgetTooSmall("no method can afford a round: " + "; ".join(f"{k}: {v}" for k, v in refused.items()))
+    runs = load_runs(finished)
+    targets, budget = settings.target_accuracies, settings.budget_mib
+    write_report(runs, folder / "report.html", title=settings.name, targets=targets, budget_mib=budget, refused=refused)
+    console.print(render_table(comparison_table(runs, targets=targets, budget_mib=budget)))
+    for method, reason in refused.items():
+        console.print(f"{method}: {reason}")
+    console.print(f"report: {folder / 'report.html'}")
+
+
+# ---- tuning
+
+
+def _grid(settings: CompareSettings, method: str) -> list[float]:
+    """Return the method's learning-rate grid, sorted; empty where it is not tuned."""
+    grid = settings.tune.get(method) if isinstance(settings.tune, Mapping) else settings.tune
+    if grid is None:
+        return []
+    rates = sorted({float(rate) for rate in grid})
+    if len(rates) < 2 or rates[0] <= 0:
+        raise ValueError(f"tune for {method} is {list(grid)}; it needs at least two different positive learning rates")
+    return rates
+
+
+def _tune_all(settings: CompareSettings, folder: Path, display: Display) -> dict[str, float]:
+    """Tune every method that has a grid, write `tuning.csv`, and return the best learning rates."""
+    rows: list[dict[str, Any]] = []
+    best: dict[str, float] = {}
+    for method in settings.methods:
+        grid = _grid(settings, method)
+        if not grid:
+            continue
+        tuned = tune(grid, lambda lr, method=method: _score(settings, folder, method, lr, display), settings.tune_extensions)
+        best[method] = tuned.best
+        rows += [
+            {"method": method, "lr": lr, "score": score, "is_best": lr == tuned.best, "is_interior": tuned.is_interior}
+            for lr, score in sorted(tuned.scores.items())
+        ]
+        if not tuned.is_interior:
+            log.warning("%s: the best learning rate %g lies at the edge of what was tried", method, tuned.best)
+        log.info("%s: learning rate %g is the best of %s", method, tuned.best, sorted(tuned.scores))
+    if rows:
+        pd.DataFrame(rows).to_csv(folder / "tuning.csv", index=False)
+    return best
+
+
+def tune(grid: Sequence[float], score: Score, extensions: int) -> Tuned:
+    """Return the learning rate with the highest score; the grid grows at an end, in its own ratio, while its best lies there.
+
+    At most `extensions` rates are added at either end.
+    """
+    rates = sorted(grid)
+    scores = {rate: score(rate) for rate in rates}
+    ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1))
+    added = {-1: 0, 1: 0}
+    while True:
+        tried = sorted(scores)
+        best = max(tried, key=lambda rate: (scores[rate], -rate))
+        side = -1 if best == tried[0] else 1 if best == tried[-1] else 0
+        if side == 0 or added[side] >= extensions:
+            return Tuned(scores, best, is_interior=side == 0)
+        added[side] += 1
+        rate = float(f"{best * ratio**side:.3g}")
+        scores[rate] = score(rate)
+
+
+def _score(settings: CompareSettings, folder: Path, method: str, lr: float, display: Display) -> float:
+    """Return the mean over the tuning seeds of the mean validation accuracy of all rounds (for regression, minus the loss).
+
+    The mean over rounds is the area under the accuracy curve: within one method bytes are proportional to rounds, so it
+    rewards reaching any accuracy for few bytes. A run that diverged counts with the worst value for the rounds it did not do.
+    """
+    scores = []
+    for seed in range(TUNING_SEED + settings.seed, TUNING_SEED + settings.seed + settings.tune_seeds):
+        one = _one(settings, folder / "tuning" / f"lr_{lr:g}", method, seed, lr)
+        one.eval_split = "validation"
+        _run_one(one, display, {})
+        rounds = pd.read_csv(Path(str(one.out)) / "rounds.csv")
+        is_classified = rounds["test_accuracy"].notna().any()
+        values = (rounds["test_accuracy"] if is_classified else -rounds["test_loss"]).dropna().tolist()
+        missing = max(0, ceil(settings.rounds / settings.eval_every) + 1 - len(values))
+        diverged = read_json(Path(str(one.out)) / "summary.json")["status"] == "diverged"
+        scores.append(sum(values + [min(values)] * missing * diverged) / (len(values) + missing * diverged))
+    return sum(scores) / len(scores)

@@ -1,0 +1,173 @@
+"""From settings to the things that a run is made of, all checked before any training starts."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from clients.replica import LocalData, Memory, Replica
+from clients.state_store import ClientStore
+from experiments.groups import GROUPS, plain_values
+from experiments.settings import Settings
+from fedraclora.chain import Chain
+from fedraclora.data import Dataset, Examples, Split, holdout
+from fedraclora.finished import ModelCard
+from fedraclora.layers import CohortModel, find_dense, find_targets
+from fedraclora.local import LocalConfig
+from fedraclora.models import initial_model
+from fedraclora.partitions import make_split
+from fedraclora.plugins import find, nearest
+from fedraclora.seeding import derive_seed, stream
+from fedraclora.sketch import LAWS
+from strategies.base import RoundSettings
+from strategies.method import Adapter, Method
+from strategies.state import MIB, Budget
+
+RUNTIMES = ("in_process",)
+DTYPES = ("float32", "float64")
+SPLITS = ("test", "validation")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The data, the initial model, the method and the rules of its rounds."""
+
+    dataset: Dataset
+    split: Split
+    model: nn.Module
+    method: Method
+    rounds: RoundSettings
+    card: ModelCard
+
+    def new_chain(self) -> Chain:
+        """Return the chain without links over the initial weights."""
+        return Chain.start(self.model.state_dict())
+
+    def replica(self, settings: Settings, store: ClientStore) -> Replica:
+        """Return the replica that all simulated clients share."""
+        partitions = dict(enumerate(self.split.indices))
+        data = LocalData(self.dataset.train, partitions, self.dataset.task)
+        memory = Memory(int(settings.chunk_mib * MIB), chunk_clients=1 if settings.exact else 0)
+        return Replica(self.model, data, self.new_chain(), store, memory)
+
+
+def prepare(settings: Settings) -> Problem:
+    """Return the problem that the settings describe. Raises ValueError for anything that cannot be run."""
+    _check_choices(settings)
+    dataset = load_dataset(settings)
+    split = _plugin("partition", settings.partition, make_split, dataset=dataset, num_clients=settings.num_clients)(
+        seed=stream(settings.seed, "partition")
+    )
+    model = _plugin("model", settings.model, initial_model, dataset=dataset)(seed=stream(settings.seed, "init"))
+    model = model.to(device=settings.device, dtype=getattr(torch, settings.dtype))
+    adapter = _adapter(settings, model)
+    method: Method = find(GROUPS["method"], settings.method.name).build(settings.method, adapter)
+    trained = method.trains(1)
+    method.open_link(0)
+    CohortModel(model, low_rank=list(trained.factors), dense=trained.dense)
+    card = ModelCard(
+        name=settings.model.name,
+        config={key: value for key, value in plain_values(settings.model).items() if key != "name"},
+        input_shape=dataset.input_shape,
+        num_outputs=dataset.num_outputs,
+        dtype=settings.dtype,
+    )
+    return Problem(_on_device(dataset, settings), split, model, method, _round_settings(settings), card)
+
+
+def _plugin(group: str, config: Any, make: Any, **known: Any) -> Any:  # noqa: ANN401
+    """Return `make(module, config, seed=...)` for a plug-in, waiting for its seed."""
+    module = find(GROUPS[group], config.name)
+    return lambda seed: make(module, config, seed=seed, **known)
+
+
+def load_dataset(settings: Settings) -> Dataset:
+    """Return the data set; with `eval_split=validation` its test set is held out from the training examples."""
+    seed = derive_seed(stream(settings.seed, "init"), "dataset")
+    dataset: Dataset = find(GROUPS["dataset"], settings.dataset.name).build(settings.dataset, seed=seed)
+    if settings.eval_split == "test":
+        return dataset
+    return holdout(dataset, fraction=settings.validation_fraction, seed=derive_seed(seed, "validation"))
+
+
+def _on_device(dataset: Dataset, settings: Settings) -> Dataset:
+    dtype = getattr(torch, settings.dtype)
+
+    def move(examples: Examples) -> Examples:
+        targets = examples.targets
+        return Examples(
+            examples.inputs.to(device=settings.device, dtype=dtype),
+            targets.to(device=settings.device, dtype=dtype if targets.is_floating_point() else targets.dtype),
+        )
+
+    return Dataset(
+        dataset.name, move(dataset.train), move(dataset.test), dataset.task, dataset.num_outputs, dataset.groups
+    )
+
+
+def _adapter(settings: Settings, model: nn.Module) -> Adapter:
+    shapes = find_targets(model, settings.targets)
+    for layer in settings.ranks:
+        if layer not in shapes:
+            raise ValueError(f"ranks names layer {layer!r}, which is no target; {nearest(layer, shapes)}")
+    ranks = {layer: settings.ranks.get(layer, settings.rank) for layer in shapes}
+    wrong = [f"{layer}: {rank}" for layer, rank in ranks.items() if rank < 1]
+    if wrong or (settings.alpha is not None and not settings.alpha > 0):
+        raise ValueError(f"ranks must be at least 1 and alpha positive; found {wrong or settings.alpha}")
+    scales = {layer: 1.0 if settings.alpha is None else settings.alpha / rank for layer, rank in ranks.items()}
+    return Adapter(
+        shapes=shapes,
+        ranks=ranks,
+        scales=scales,
+        dense=tuple(find_dense(model, settings.dense, list(shapes))),
+        parameters=tuple(name for name, _ in model.named_parameters()),
+        law=settings.sketch.law,
+        seed=stream(settings.seed, "sketch"),
+    )
+
+
+def _round_settings(settings: Settings) -> RoundSettings:
+    return RoundSettings(
+        num_clients=settings.num_clients,
+        fraction=settings.fraction,
+        local=LocalConfig(
+            optimizer=settings.optimizer,
+            lr=settings.method.lr if settings.lr is None else settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            steps=0 if settings.local_epochs else settings.local_steps,
+            epochs=settings.local_epochs,
+            batch_size=settings.batch_size,
+            proximal=settings.proximal,
+            clip_norm=settings.clip_norm,
+        ),
+        seed=settings.seed,
+        min_replies=settings.min_replies,
+        weighting=settings.weighting,
+        budget=Budget(*(_bytes(limit) for limit in (settings.budget_mib, settings.uplink_mib, settings.per_client_mib))),
+    )
+
+
+def _bytes(mib: float | None) -> float | None:
+    return None if mib is None else mib * MIB
+
+
+def _check_choices(settings: Settings) -> None:
+    choices = (
+        ("runtime", settings.runtime, RUNTIMES),
+        ("dtype", settings.dtype, DTYPES),
+        ("eval_split", settings.eval_split, SPLITS),
+        ("keep_versions", settings.keep_versions, ("all", "last")),
+        ("sketch.law", settings.sketch.law, LAWS),
+    )
+    for key, value, valid in choices:
+        if value not in valid:
+            raise ValueError(f"{key}={value!r} is unknown; {nearest(value, valid)}")
+    for key, least in (("rounds", 0), ("eval_every", 1), ("threads", 0), ("snapshot_every", 0)):
+        if getattr(settings, key) < least:
+            raise ValueError(f"{key}={getattr(settings, key)} must be at least {least}")
+    if not settings.chunk_mib > 0:
+        raise ValueError(f"chunk_mib={settings.chunk_mib} must be positive")
+    if settings.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"device={settings.device!r} is not available here; use device=cpu")

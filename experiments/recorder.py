@@ -1,0 +1,108 @@
+"""A run's folder, written so that a run killed at any moment can go on from its last whole round.
+
+A round's rows and its link are written first and `state.json` last: what lies beyond the round that `state.json` names is cut off
+when the run is resumed.
+"""
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedraclora.chain import Chain
+from fedraclora.chain_store import ChainStore
+from fedraclora.files import read_json, write_atomically, write_json
+from fedraclora.ledger import LedgerRow, Traffic
+from strategies.base import RoundReport
+from strategies.state import ServerState
+
+BYTE_COLUMNS = (
+    "uplink_bytes",
+    "downlink_bytes",
+    "catchup_bytes",
+    "total_bytes",
+    "uplink_record_bytes",
+    "downlink_record_bytes",
+)
+COLUMNS = (
+    *("method", "seed", "round", "link", "num_clients", "num_ok", "num_failed", "num_missing", "is_updated"),
+    *("train_loss", "test_loss", "test_accuracy"),
+    *BYTE_COLUMNS,
+    *(f"cum_{name}" for name in BYTE_COLUMNS),
+    *("round_s", "simulated_s"),
+)
+
+
+class Recorder:
+    """Writes one run's folder: `rounds.csv`, `ledger.csv`, `chain/` and `state.json`."""
+
+    def __init__(self, folder: Path, *, keep_versions: str, snapshot_every: int) -> None:
+        self.folder = folder
+        self.store = ChainStore(folder / "chain")
+        self._keeps_all = keep_versions == "all"
+        self._snapshot_every = snapshot_every
+        self._written_version = 0
+
+    @property
+    def can_resume(self) -> bool:
+        """Return whether the folder holds at least one whole round (the handshake counts as round 0)."""
+        return (self.folder / "state.json").exists()
+
+    def start(self, chain: Chain) -> None:
+        """Begin a fresh run."""
+        self.store.create(chain)
+        for name, columns in (("rounds.csv", COLUMNS), ("ledger.csv", [item.name for item in fields(LedgerRow)])):
+            write_atomically(self.folder / name, (",".join(columns) + "\n").encode())
+
+    def resume(self) -> tuple[Chain, ServerState, float]:
+        """Return the chain, the server's state and the seconds spent, as of the last whole round; cut off what lies beyond."""
+        saved = read_json(self.folder / "state.json")
+        state = ServerState.from_json(saved["server"])
+        for name, column in (("rounds.csv", COLUMNS.index("round")), ("ledger.csv", 0)):
+            _keep_rounds(self.folder / name, column, state.round)
+        self._written_version = saved["version"]
+        return self.store.load(saved["version"]), state, saved["wall_s"]
+
+    def commit(self, row: Mapping[str, Any], report: RoundReport, chain: Chain, state: ServerState, wall_s: float) -> None:  # noqa: PLR0913
+        """Write a round: its link, its rows, and last the state that makes it count."""
+        if chain.version > self._written_version:
+            self.store.append(chain)
+            self._written_version = chain.version
+            if self._snapshot_every and chain.open is None and chain.num_links % self._snapshot_every == 0:
+                self.store.snapshot(chain)
+        _append(self.folder / "ledger.csv", pd.DataFrame([astuple(item) for item in report.rows]))
+        _append(self.folder / "rounds.csv", pd.DataFrame([row], columns=list(COLUMNS)))
+        saved = {"version": chain.version, "wall_s": wall_s, "server": state.to_json()}
+        write_json(self.folder / "state.json", saved)
+        if not self._keeps_all:
+            self.store.forget_replaced()
+
+
+def round_row(report: RoundReport, total: Traffic, *, method: str, seed: int) -> dict[str, Any]:
+    """Return a round's row of `rounds.csv` without its evaluation. `simulated_s` stays empty: there is no link model yet."""
+    own = asdict(report.traffic) | {"total_bytes": report.traffic.total_bytes}
+    cumulative = asdict(total) | {"total_bytes": total.total_bytes}
+    counts = {name: getattr(report, name) for name in COLUMNS[2:10]}
+    return {
+        **{"method": method, "seed": seed, **counts},
+        **{name: own[name] for name in BYTE_COLUMNS},
+        **{f"cum_{name}": cumulative[name] for name in BYTE_COLUMNS},
+        "round_s": round(report.round_s, 6),
+    }
+
+
+def _append(path: Path, frame: pd.DataFrame) -> None:
+    if len(frame):
+        frame.to_csv(path, mode="a", header=False, index=False)
+
+
+def _keep_rounds(path: Path, column: int, last: int) -> None:
+    """Keep the whole lines of a table whose round is not beyond `last`."""
+    header, *lines = path.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = [line for line in whole if int(next(csv.reader(io.StringIO(line)))[column]) <= last]
+    write_atomically(path, "".join([header, *kept]).encode())

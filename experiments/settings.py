@@ -1,0 +1,96 @@
+"""The settings of a run and of a comparison: one dataclass each, every key with its meaning beside it.
+
+Hydra composes them from the command line; `method`, `model`, `dataset` and `partition` are groups, one plug-in a file, each
+with settings of its own (`method.side=a`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SketchSettings:
+    """How the frozen random factors are drawn."""
+
+    law: str = "orthonormal"
+
+
+@dataclass
+class Settings:
+    """Everything that decides a run's result, and where it is written."""
+
+    # The groups: a name, and the settings of that plug-in.
+    method: Any = None
+    model: Any = None
+    dataset: Any = None
+    partition: Any = None
+
+    # The federation.
+    seed: int = 0
+    rounds: int = 20
+    num_clients: int = 50
+    fraction: float = 0.2
+    min_replies: int = 1
+    weighting: str = "examples"
+
+    # What is trained: target layers get factors of this rank (`ranks` by layer name), `dense` names tensors trained in full.
+    rank: int = 8
+    ranks: dict[str, int] = field(default_factory=dict)
+    alpha: float | None = None
+    targets: Any = "all"
+    dense: list[str] = field(default_factory=list)
+    sketch: SketchSettings = field(default_factory=SketchSettings)
+
+    # Local training; `lr` left out is the method's own default.
+    lr: float | None = None
+    optimizer: str = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    local_steps: int = 20
+    local_epochs: int = 0
+    batch_size: int = 32
+    proximal: float = 0.0
+    clip_norm: float = 0.0
+
+    # Limits on tensor bytes, in MiB: of all traffic, of the uplink, and of any one client.
+    budget_mib: float | None = None
+    uplink_mib: float | None = None
+    per_client_mib: float | None = None
+
+    # Evaluation on the server; `validation` holds out this share of the training examples and leaves the test set alone.
+    eval_every: int = 1
+    eval_split: str = "test"
+    validation_fraction: float = 0.1
+    target_accuracies: list[float] = field(default_factory=lambda: [0.7, 0.8, 0.85, 0.9])
+
+    # The machine.
+    runtime: str = "in_process"
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 0
+    exact: bool = False
+    chunk_mib: float = 64.0
+
+    # The files; `out` left out is runs/<name>/<date_time>.
+    name: str = "run"
+    out: str | None = None
+    resume: bool = False
+    keep_versions: str = "all"
+    snapshot_every: int = 100
+
+
+@dataclass
+class CompareSettings(Settings):
+    """A comparison: the same settings for every method and seed."""
+
+    name: str = "compare"
+    methods: list[str] = field(default_factory=lambda: ["rac_lora", "ffa_lora", "fed_it", "full"])
+    # Seeds 0, 1, ... (added to `seed`), each with its own split, initial weights, cohorts and batch orders.
+    seeds: int = 3
+    # Settings of single methods: {fed_it: {lr: 0.1}, rac_lora: {side: auto}}.
+    method_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # A learning-rate grid for all methods ([0.1, 0.3]) or by method; it is extended until the best is interior.
+    tune: Any = None
+    tune_seeds: int = 1
+    # Where the grid is extended at most to, in steps on either side.
+    tune_extensions: int = 6

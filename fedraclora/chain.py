@@ -1,0 +1,157 @@
+"""The chain: a model as a log of closed links and one open link over fixed base weights.
+
+The server appends to it and every client is a replica that replays it. `W = base + sum of the closed links` is kept merged;
+the open link (whose factors a round replaces) is added on demand. A hash chain over the links tells whether two machines hold
+the same model. The paper's loop (Algorithm 1 of RAC-LoRA, arXiv 2410.08305) closes a link after each solve; FFA-LoRA never closes one.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedraclora import sketch
+from fedraclora.link import Dense, Link, LowRank, Set, Term, Zero, materialize
+
+Weights = dict[str, Tensor]
+
+
+def merge_(weights: Weights, terms: Sequence[Term]) -> None:
+    """Apply the terms of a link to `weights`, in place."""
+    for term in terms:
+        if term.target not in weights:
+            raise ValueError(f"a link changes {term.target!r}, which the model lacks; it has {sorted(weights)}")
+        if isinstance(term, LowRank):
+            _add_low_rank_(weights[term.target], term)
+        elif isinstance(term, Dense):
+            weights[term.target].add_(term.delta.to(weights[term.target]))
+        elif isinstance(term, Set):
+            weights[term.target].copy_(term.value)
+
+
+def _add_low_rank_(weight: Tensor, term: LowRank) -> None:
+    """Add `scale * lora_b @ lora_a` to `weight` (a kernel is flattened to `[out, in]`), rank by rank.
+
+    One rounded product and one rounded sum an element: unlike a matrix product, that gives the same bits on every machine.
+    """
+    if isinstance(term.lora_a, Zero) or isinstance(term.lora_b, Zero):
+        return
+    matrix = weight.view(weight.shape[0], -1)
+    lora_a, lora_b = materialize(term.lora_a, weight), materialize(term.lora_b, weight) * term.scale
+    for column, row in zip(lora_b.unbind(1), lora_a.unbind(0), strict=True):
+        matrix.add_(column.unsqueeze(1) * row)
+
+
+@dataclass
+class Chain:
+    """A model's log with the merged weights of its closed links.
+
+    `merged` is the master copy (float32, or float64 for tests of equality). `links` holds the closed links still kept in
+    memory, the newest last; `num_links` counts all that were ever closed. `version` counts the updates, one a round that
+    changed the model. `num_links_before` is `num_links` as it was before the last update: what a client that
+    took part in it already holds. `updates_in_link` counts the updates of the open link.
+    """
+
+    merged: Weights
+    hash: str
+    num_links: int = 0
+    num_links_before: int = 0
+    version: int = 0
+    updates_in_link: int = 0
+    links: list[Link] = field(default_factory=list)
+    open: Link | None = None
+
+    @staticmethod
+    def start(base: Mapping[str, Tensor]) -> "Chain":
+        """Return an empty chain over `base` (copied), the named weights that every client has."""
+        merged = {name: tensor.detach().clone() for name, tensor in base.items()}
+        return Chain(merged, hash=sketch.digest_all(merged))
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of this version: of the base, every closed link and the open one."""
+        return _extend_hash(self.hash, "" if self.open is None else self.open.digest)
+
+    def open_link(self, link: Link) -> None:
+        """Open a new link. Raises ValueError where one is open or the position is wrong."""
+        if self.open is not None or link.index != self.num_links:
+            state = "open" if self.open is not None else "closed"
+            raise ValueError(f"cannot open link {link.index}: {self.num_links} links are closed and the last one is {state}")
+        self.open, self.updates_in_link = link, 0
+
+    def update(self, terms: Sequence[Term], *, close: bool) -> None:
+        """Replace the open link's terms by `terms`, then merge it for good where `close` says so."""
+        if self.open is None:
+            raise ValueError("no link is open; open one before updating it")
+        self.open = Link(self.open.index, tuple(terms))
+        self.version += 1
+        self.updates_in_link += 1
+        self.num_links_before = self.num_links
+        if close:
+            self.close()
+
+    def close(self, *, digest: str | None = None, merge: bool = True) -> None:
+        """Merge the open link into the weights and count it as closed.
+
+        `digest` stands for the link's own where superseded terms were left out of it; `merge=False` says that
+        weights which already contain the link follow (a snapshot).
+        """
+        if self.open is None:
+            raise ValueError("no link is open")
+        if merge:
+            merge_(self.merged, self.open.terms)
+        self.hash = _extend_hash(self.hash, digest or self.open.digest)
+        self.links.append(self.open)
+        self.num_links += 1
+        self.open = None
+
+    def weights(self) -> Weights:
+        """Return the weights of this version, the open link included; unchanged tensors are shared, not copied."""
+        if self.open is None:
+            return dict(self.merged)
+        changed = {term.target for term in self.open.terms if not _is_zero(term)}
+        result = {name: tensor.clone() if name in changed else tensor for name, tensor in self.merged.items()}
+        merge_(result, [term for term in self.open.terms if term.target in changed])
+        return result
+
+    def missing_links(self, num_held: int) -> list[Link]:
+        """Return the closed links that a replica with `num_held` of them lacks.
+
+        Raises LookupError where they are no longer kept: then only a snapshot can bring the replica up to date.
+        """
+        num_missing = self.num_links - num_held
+        if not 0 <= num_missing <= len(self.links):
+            raise LookupError(f"links {num_held} to {self.num_links - 1} are asked for, the last {len(self.links)} are kept")
+        return self.links[len(self.links) - num_missing :]
+
+    def restore(self, snapshot: Mapping[str, Tensor], *, num_links: int, hash: str) -> None:
+        """Jump to `num_links` closed links by replacing the tensors that changed since the base."""
+        for name, tensor in snapshot.items():
+            self.merged[name].copy_(tensor)
+        self.num_links, self.hash, self.links, self.open = num_links, hash, [], None
+
+
+def _is_zero(term: Term) -> bool:
+    return isinstance(term, LowRank) and (isinstance(term.lora_a, Zero) or isinstance(term.lora_b, Zero))
+
+
+def _extend_hash(previous: str, link_digest: str) -> str:
+    return hashlib.sha256(f"{previous}{link_digest}".encode()).hexdigest()
+
+
+def drop_superseded(links: Sequence[Link]) -> list[Link]:
+    """Return the links without `Set` terms that a later link sets again: only the latest value is ever sent."""
+    seen: set[str] = set()
+    kept: list[Link] = []
+    for link in reversed(links):
+        terms = tuple(term for term in link.terms if not (isinstance(term, Set) and term.target in seen))
+        seen |= {term.target for term in terms if isinstance(term, Set)}
+        kept.append(Link(link.index, terms))
+    return kept[::-1]
+
+
+def equal_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Return whether two sets of named weights agree in every bit."""
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())

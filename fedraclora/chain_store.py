@@ -1,0 +1,148 @@
+"""A chain on disk: its base, one safetensors file a version, and an index.
+
+A version's file holds only what its link says in explicit numbers. The index names, for each version, its link, whether that
+link was closed then, and the chain's digest, which is checked when the chain is read: a damaged log is never taken for a model.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fedraclora import sketch
+from fedraclora.chain import Chain
+from fedraclora.files import read_json, read_tensors, write_json, write_tensors
+from fedraclora.link import Link, describe, restore
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the index: the link that `version` wrote, the how-manieth update of it that was, and the digest."""
+
+    version: int
+    link: int
+    updates_in_link: int
+    is_closed: bool
+    digest: str
+
+    @property
+    def file(self) -> str:
+        """Return the name of the version's file."""
+        return f"version_{self.version:06d}.safetensors"
+
+
+class ChainStore:
+    """The chain kept in `folder`. One process writes it; any number may read it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries: list[Entry] = []
+        self._snapshots: list[int] = []
+
+    def create(self, chain: Chain) -> None:
+        """Write the base of a chain without links, replacing what the folder held."""
+        write_tensors(self.folder / "base.safetensors", chain.merged, {"hash": chain.hash})
+        self._entries, self._snapshots = [], []
+        self._write_index()
+
+    def append(self, chain: Chain) -> None:
+        """Write the chain's newest version; call it once after each update."""
+        is_closed = chain.open is None
+        link = chain.links[-1] if chain.open is None else chain.open
+        entry = Entry(chain.version, link.index, chain.updates_in_link, is_closed, chain.digest)
+        tensors = {str(position): tensor for position, tensor in enumerate(link.tensors)}
+        write_tensors(self.folder / entry.file, tensors, {"link": json.dumps(describe(link))})
+        self._entries = [old for old in self._entries if old.version < entry.version] + [entry]
+        self._write_index()
+
+    def snapshot(self, chain: Chain) -> None:
+        """Write the merged weights of the closed links, so that reading the chain need not replay them."""
+        metadata = {"hash": chain.hash, "weights": sketch.digest_all(chain.merged)}
+        write_tensors(self.folder / _snapshot_file(chain.num_links), chain.merged, metadata)
+        self._snapshots = sorted({*self._snapshots, chain.num_links})
+        self._write_index()
+
+    def forget_replaced(self) -> None:
+        """Delete the versions that a later one of the same link replaced; they can no longer be read."""
+        last = {entry.link: entry.version for entry in self._entries}
+        replaced = [entry for entry in self._entries if last[entry.link] != entry.version]
+        self._entries = [entry for entry in self._entries if entry not in replaced]
+        self._write_index()
+        for entry in replaced:
+            (self.folder / entry.file).unlink(missing_ok=True)
+
+    def versions(self) -> list[int]:
+        """Return the versions that can be read, 0 (the base) first."""
+        self._read_index()
+        return [0, *(entry.version for entry in self._entries)]
+
+    def load(self, version: int | None = None) -> Chain:
+        """Return the chain at `version` (default: the newest), its digest checked.
+
+        Raises ValueError where a file is missing or damaged, or the version is not kept.
+        """
+        versions = self.versions()
+        wanted = versions[-1] if version is None else version
+        if wanted not in versions:
+            raise ValueError(f"version {wanted} is not in {self.folder}; it holds {versions}")
+        self._entries = [entry for entry in self._entries if entry.version <= wanted]
+        num_closed = sum(entry.is_closed for entry in self._entries)
+        self._snapshots = [num_links for num_links in self._snapshots if num_links <= num_closed]
+        chain = self._replay()
+        chain.version = wanted
+        if self._entries:
+            newest = self._entries[-1]
+            chain.updates_in_link = newest.updates_in_link
+            chain.num_links_before = chain.num_links - int(newest.is_closed)
+        return chain
+
+    def _replay(self) -> Chain:
+        """Return the chain rebuilt from the newest snapshot, or from the base, with every link kept."""
+        chain, num_merged = self._base(), max(self._snapshots, default=0)
+        last = {entry.link: entry for entry in self._entries}
+        for entry in last.values():
+            chain.open_link(self._read_link(entry))
+            if entry.is_closed:
+                chain.close(merge=entry.link >= num_merged)
+            if chain.digest != entry.digest:
+                raise ValueError(f"{self.folder / entry.file} is damaged: version {entry.version} has another digest")
+            if entry.is_closed and chain.num_links == num_merged:
+                self._take_snapshot(chain)
+        return chain
+
+    def _base(self) -> Chain:
+        base, metadata = read_tensors(self.folder / "base.safetensors")
+        chain = Chain.start(base)
+        if chain.hash != metadata.get("hash"):
+            raise ValueError(f"{self.folder / 'base.safetensors'} is damaged: its digest differs from the one it states")
+        return chain
+
+    def _take_snapshot(self, chain: Chain) -> None:
+        path = self.folder / _snapshot_file(chain.num_links)
+        tensors, metadata = read_tensors(path)
+        if metadata.get("hash") != chain.hash or metadata.get("weights") != sketch.digest_all(tensors):
+            raise ValueError(f"{path} is damaged or of another chain: its digest differs; delete it from the index")
+        chain.merged = tensors
+
+    def _read_link(self, entry: Entry) -> Link:
+        tensors, metadata = read_tensors(self.folder / entry.file)
+        ordered: list[Tensor] = [tensors[str(position)] for position in range(len(tensors))]
+        return restore(json.loads(metadata["link"]), ordered)
+
+    def _read_index(self) -> None:
+        index = read_json(self.folder / "index.json")
+        if index.get("format") != FORMAT:
+            raise ValueError(f"{self.folder / 'index.json'} has format {index.get('format')!r}; this program reads {FORMAT}")
+        self._entries = [Entry(**row) for row in index["versions"]]
+        self._snapshots = list(index["snapshots"])
+
+    def _write_index(self) -> None:
+        rows = [asdict(entry) for entry in self._entries]
+        write_json(self.folder / "index.json", {"format": FORMAT, "versions": rows, "snapshots": self._snapshots})
+
+
+def _snapshot_file(num_links: int) -> str:
+    return f"snapshot_{num_links:06d}.safetensors"

@@ -1,0 +1,332 @@
+"""Cohort layers: one frozen weight for all clients, and a small trained tensor for each of them.
+
+The clients of a round start from the same weights `W` and share the drawn factor, so one matrix product serves all of them
+and only the trained factor is batched: `y = x W^T + scale * (x A^T) B_c^T` for client `c`. The rows of a cohort's input are
+its clients' batches, one after the other, all of the same length. A single real client is a cohort of one.
+
+Full weights, biases and the affine parts of norms can be trained per client too (what FedAvg and trained heads need).
+Left out: layers that mix the rows of a batch, active dropout, grouped convolutions with low-rank factors.
+"""
+
+import copy
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedraclora.plugins import nearest
+
+ALL_LAYERS = "all"
+
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """The weight of a target layer seen as a matrix: `out` rows and `in_` columns (a kernel is flattened into its columns)."""
+
+    out: int
+    in_: int
+
+
+class CohortLayer(nn.Module):
+    """What every cohort layer holds: shared tensors, and the tensors of the current cohort.
+
+    `lora_a` is `[rank, in]` where shared and `[clients, rank, in]` where trained, `lora_b` likewise `[out, rank]` or
+    `[clients, out, rank]`; `own_weight` and `own_bias` carry a leading client axis. All are None until `bind` sets them.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        for name in ("weight", "bias"):
+            tensor = getattr(original, name)
+            self.register_buffer(name, None if tensor is None else tensor.detach().clone())
+        self.num_clients = 1
+        self.scale = 1.0
+        self.release()
+
+    def release(self) -> None:
+        """Forget the cohort's tensors, so that the layer computes what the original did."""
+        self.lora_a: Tensor | None = None
+        self.lora_b: Tensor | None = None
+        self.own_weight: Tensor | None = None
+        self.own_bias: Tensor | None = None
+
+    def by_client(self, x: Tensor) -> Tensor:
+        """Return `x` `[clients * batch, ...]` as `[clients, rows, features]`, its last axis kept."""
+        return x.reshape(self.num_clients, -1, x.shape[-1])
+
+
+class CohortLinear(CohortLayer):
+    """`nn.Linear` for a cohort; inputs `[clients * batch, ..., in]`, outputs `[clients * batch, ..., out]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output with each client's own tensors applied to its own rows."""
+        y = self._dense(x)
+        return y if self.lora_a is None or self.lora_b is None else self._add_low_rank(x, y, self.lora_a, self.lora_b)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        if self.own_weight is None:
+            if self.own_bias is None:
+                return F.linear(x, self.weight, self.bias)
+            y = F.linear(x, self.weight)
+            return (self.by_client(y) + self.own_bias.unsqueeze(1)).view_as(y)
+        rows, weight = self.by_client(x), self.own_weight.transpose(1, 2)
+        if self.own_bias is not None:
+            y = torch.baddbmm(self.own_bias.unsqueeze(1), rows, weight)
+        else:
+            y = torch.bmm(rows, weight)
+            y = y if self.bias is None else y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+    def _add_low_rank(self, x: Tensor, y: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        if lora_a.ndim == 2:
+            hidden = self.by_client(F.linear(x, lora_a))
+        else:
+            hidden = torch.bmm(self.by_client(x), lora_a.transpose(1, 2))
+        if lora_b.ndim == 2:
+            rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.flatten(0, 1), lora_b.t(), alpha=self.scale)
+        else:
+            rows = torch.baddbmm(self.by_client(y), hidden, lora_b.transpose(1, 2), alpha=self.scale)
+        return rows.view_as(y)
+
+
+class CohortConv2d(CohortLayer):
+    """`nn.Conv2d` for a cohort; the low-rank pair is a kernel-sized convolution to `rank` channels, then a 1 x 1 one."""
+
+    def __init__(self, original: nn.Conv2d) -> None:
+        super().__init__(original)
+        self.stride, self.padding, self.dilation = original.stride, original.padding, original.dilation
+        self.groups = original.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output `[clients * batch, out, height, width]`."""
+        y = self._dense(x)
+        return y if self.lora_a is None or self.lora_b is None else self._add_low_rank(x, y, self.lora_a, self.lora_b)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        assert self.weight is not None
+        if self.own_weight is None:
+            bias = self.bias if self.own_bias is None else None
+            y = F.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        else:
+            y = self._per_client(x, self.own_weight, self.groups)
+            y = y if self.bias is None or self.own_bias is not None else y + self.bias[:, None, None]
+        if self.own_bias is None:
+            return y
+        return (y.unflatten(0, (self.num_clients, -1)) + self.own_bias[:, None, :, None, None]).flatten(0, 1)
+
+    def _per_client(self, x: Tensor, kernels: Tensor, groups: int) -> Tensor:
+        """Convolve each client's rows with its own kernels `[clients, channels, in / groups, height, width]`."""
+        clients = self.num_clients
+        side_by_side = x.unflatten(0, (clients, -1)).transpose(0, 1).flatten(1, 2)
+        y = F.conv2d(
+            side_by_side, kernels.flatten(0, 1), None, self.stride, self.padding, self.dilation, clients * groups
+        )
+        return y.unflatten(1, (clients, -1)).transpose(0, 1).flatten(0, 1)
+
+    def _add_low_rank(self, x: Tensor, y: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        assert self.weight is not None
+        kernel = self.weight.shape[1:]
+        if lora_a.ndim == 2:
+            hidden = F.conv2d(x, lora_a.unflatten(1, kernel), None, self.stride, self.padding, self.dilation)
+        else:
+            hidden = self._per_client(x, lora_a.unflatten(2, kernel), 1)
+        pixels = hidden.flatten(2).unflatten(0, (self.num_clients, -1))
+        mixed = (lora_b if lora_b.ndim == 2 else lora_b.unsqueeze(1)) @ pixels
+        return y + self.scale * mixed.flatten(0, 1).view_as(y)
+
+
+class CohortNorm(CohortLayer):
+    """`nn.GroupNorm` or `nn.LayerNorm` whose affine part each client may own; it normalises row by row."""
+
+    def __init__(self, original: nn.GroupNorm | nn.LayerNorm) -> None:
+        super().__init__(original)
+        self.plain = copy.deepcopy(original)
+        self.plain.weight = self.plain.bias = None  # type: ignore[assignment]
+        self.is_channels_first = isinstance(original, nn.GroupNorm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised input, scaled and shifted by the shared or the client's own affine part."""
+        y = self.plain(x)
+        weight = self._broadcast(self.own_weight if self.own_weight is not None else self.weight, x)
+        bias = self._broadcast(self.own_bias if self.own_bias is not None else self.bias, x)
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    def _broadcast(self, affine: Tensor | None, x: Tensor) -> Tensor | None:
+        if affine is None:
+            return None
+        assert self.weight is not None
+        if affine.ndim > self.weight.ndim:
+            affine = affine.repeat_interleave(x.shape[0] // self.num_clients, dim=0)
+            missing = x.ndim - affine.ndim
+            return affine[(..., *[None] * missing)] if self.is_channels_first else affine[(slice(None), *[None] * missing)]
+        return affine[(..., *[None] * (x.ndim - 2))] if self.is_channels_first else affine
+
+
+_COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
+    nn.Linear: CohortLinear,
+    nn.Conv2d: CohortConv2d,
+    nn.GroupNorm: CohortNorm,
+    nn.LayerNorm: CohortNorm,
+}
+
+
+def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, MatrixShape]:
+    """Return the layers that get low-rank factors, in the model's order, with the shapes of their weights.
+
+    `targets` is `all` (every `nn.Linear` and `nn.Conv2d`), a list of names or of their last parts (`["fc1", "query"]`
+    matches `encoder.0.query`), or a regular expression that a whole name must match, as PEFT's `target_modules`.
+    Raises ValueError where nothing matches, or where a match cannot be adapted.
+    """
+    matched = {name: module for name, module in model.named_modules() if _is_target(name, module, targets)}
+    if not matched:
+        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        raise ValueError(f"targets={targets!r} match no layer of the model; {nearest(str(targets), layers)}")
+    return {name: _matrix_shape(model, name, module) for name, module in matched.items()}
+
+
+def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bool:
+    if targets == ALL_LAYERS:
+        return isinstance(module, nn.Linear | nn.Conv2d)
+    if isinstance(targets, str):
+        return bool(name) and re.fullmatch(targets, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _matrix_shape(model: nn.Module, name: str, module: nn.Module) -> MatrixShape:
+    if type(module) not in (nn.Linear, nn.Conv2d) or _inside_attention(model, name):
+        raise ValueError(
+            f"layer {name!r} is a {type(module).__name__} that cannot take low-rank factors; "
+            "targets must be nn.Linear or nn.Conv2d layers that are called as modules (nn.MultiheadAttention reads its "
+            "weights directly: use separate query, key and value nn.Linear layers)"
+        )
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
+        raise ValueError(
+            f"layer {name!r} is a convolution with groups={module.groups} and padding_mode={module.padding_mode!r}; "
+            "low-rank factors need groups=1 and padding_mode='zeros'"
+        )
+    weight = module.weight
+    return MatrixShape(out=weight.shape[0], in_=weight[0].numel())
+
+
+def _inside_attention(model: nn.Module, name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+
+
+def find_dense(model: nn.Module, patterns: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """Return the parameters trained in full: those whose names match a shell pattern such as `*.bias` or `head.*`.
+
+    Raises ValueError where a pattern matches nothing, where a match is the weight of a low-rank target, or where the
+    layer that owns a match has no cohort form.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"dense pattern {pattern!r} matches no parameter; {nearest(pattern, names)}")
+    for name in chosen:
+        owner, _, _ = name.rpartition(".")
+        if name.endswith(".weight") and owner in targets:
+            raise ValueError(f"{name!r} is trained in full and by low-rank factors; take it out of dense or of targets")
+        if type(model.get_submodule(owner)) not in _COHORT_LAYERS:
+            kinds = ", ".join(kind.__name__ for kind in _COHORT_LAYERS)
+            raise ValueError(
+                f"{name!r} belongs to a {type(model.get_submodule(owner)).__name__}; only {kinds} can be trained in full"
+            )
+    return chosen
+
+
+def check_rows_stay_apart(model: nn.Module) -> None:
+    """Raise ValueError for a layer that mixes the rows of a batch, or draws noise that depends on the cohort."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"layer {name!r} is a {type(module).__name__} in training mode, which mixes the examples of different "
+                "clients; use nn.GroupNorm, or freeze it with .eval() when the model is built"
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+            raise ValueError(
+                f"layer {name!r} is an active {type(module).__name__} (p={module.p}), whose masks would depend on which "
+                "clients train together; set p=0"
+            )
+
+
+class CohortModel:
+    """A copy of a model whose trained layers serve a whole cohort; the rest of its forward pass is the user's own.
+
+    `low_rank` names layers, `dense` names parameters. Tensors are bound by key: `fc1.lora_a`, `fc1.lora_b` for factors and
+    the parameter's own name for what is trained in full.
+    """
+
+    def __init__(self, model: nn.Module, *, low_rank: Sequence[str], dense: Sequence[str]) -> None:
+        check_rows_stay_apart(model)
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        owners = [*low_rank, *(name.rpartition(".")[0] for name in dense)]
+        self._layers = {owner: self._replace(owner) for owner in dict.fromkeys(owners)}
+
+    def _replace(self, name: str) -> CohortLayer:
+        original = self.module.get_submodule(name)
+        layer = _COHORT_LAYERS[type(original)](original)
+        parent, _, child = name.rpartition(".")
+        if not name:
+            self.module = layer
+        else:
+            setattr(self.module.get_submodule(parent), child, layer)
+        return layer
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy the named weights (a model's `state_dict`) into the shared tensors."""
+        self.module.load_state_dict(weights)
+
+    def release(self) -> None:
+        """Forget every cohort's tensors."""
+        for layer in self._layers.values():
+            layer.release()
+
+    def bind(self, tensors: Mapping[str, Tensor], *, num_clients: int) -> None:
+        """Let the layers compute with `tensors`, shared ones and those with a leading axis of `num_clients`."""
+        for layer in self._layers.values():
+            layer.num_clients = num_clients
+        for key, tensor in tensors.items():
+            owner, _, attribute = key.rpartition(".")
+            setattr(self._layers[owner], attribute if attribute.startswith("lora_") else f"own_{attribute}", tensor)
+
+    def set_scales(self, scales: Mapping[str, float]) -> None:
+        """Set `scale = alpha / rank` of each named layer."""
+        for name, scale in scales.items():
+            self._layers[name].scale = scale
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the outputs of `inputs` `[clients * batch, ...]`."""
+        outputs: Tensor = self.module(inputs)
+        return outputs
+
+    def activation_floats(self, start: Mapping[str, Tensor], inputs: Tensor) -> int:
+        """Return how many numbers the layers put out for one row, measured on the first row of `inputs`.
+
+        `start` are the trained tensors of one client, bound for the measurement.
+        """
+        self.bind({key: tensor.unsqueeze(0) for key, tensor in start.items()}, num_clients=1)
+        sizes: list[int] = [inputs[:1].numel()]
+        leaves = [module for module in self.module.modules() if not list(module.children())]
+        hooks = [leaf.register_forward_hook(lambda _m, _i, output: sizes.append(_numel(output))) for leaf in leaves]
+        try:
+            with torch.no_grad():
+                self.module(inputs[:1])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return sum(sizes)
+
+
+def _numel(output: object) -> int:
+    return output.numel() if isinstance(output, Tensor) else 0

@@ -1,0 +1,127 @@
+"""Optimisers on stacked tensors: SGD, momentum and AdamW, whose every reduction stays inside one client.
+
+The formulas are those of `torch.optim.SGD` and `torch.optim.AdamW` (Loshchilov and Hutter, 2019, arXiv 1711.05101). They are written out because
+a stock optimiser would also move the clients that have finished, and clip all of them by one common norm.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+CLIP_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A client's first moments by key, and over how many steps they were gathered (Adam's bias correction needs it)."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    num_steps: int = 0
+
+
+class OptimizerConfig(Protocol):
+    """The settings that an optimiser reads."""
+
+    @property
+    def optimizer(self) -> str: ...  # noqa: D102
+    @property
+    def lr(self) -> float: ...  # noqa: D102
+    @property
+    def momentum(self) -> float: ...  # noqa: D102
+    @property
+    def weight_decay(self) -> float: ...  # noqa: D102
+    @property
+    def proximal(self) -> float: ...  # noqa: D102
+    @property
+    def clip_norm(self) -> float: ...  # noqa: D102
+
+
+class CohortOptimizer:
+    """Moves the stacked tensors of a chunk; `values` maps keys to `[clients, ...]`."""
+
+    def __init__(
+        self, config: OptimizerConfig, start: Mapping[str, Tensor], moments: Sequence[Moments | None]
+    ) -> None:
+        clients = len(moments)
+        self.config = config
+        self.start = start
+        self.values = {key: tensor.unsqueeze(0).repeat(clients, *[1] * tensor.ndim) for key, tensor in start.items()}
+        self._first = self._stack(moments) if self._has_first_moment else {}
+        self._second = {key: torch.zeros_like(t) for key, t in self.values.items()} if self._is_adam else {}
+        self._earlier_steps = torch.tensor([0 if item is None else item.num_steps for item in moments])
+        self._num_steps = 0
+        self._leaves: dict[str, Tensor] = {}
+
+    @property
+    def _is_adam(self) -> bool:
+        return self.config.optimizer == "adamw"
+
+    @property
+    def _has_first_moment(self) -> bool:
+        return self._is_adam or self.config.momentum > 0
+
+    def _stack(self, moments: Sequence[Moments | None]) -> dict[str, Tensor]:
+        stacked = {key: torch.zeros_like(values) for key, values in self.values.items()}
+        for client, carried in enumerate(moments):
+            for key, tensor in (carried.tensors if carried is not None else {}).items():
+                stacked[key][client] = tensor
+        return stacked
+
+    def live_leaves(self, live: int) -> dict[str, Tensor]:
+        """Return the first `live` clients' tensors as leaves of the next graphs; they share memory with `values`."""
+        self._leaves = {key: values[:live].detach().requires_grad_() for key, values in self.values.items()}
+        return self._leaves
+
+    def moments_of(self, client: int, num_steps: int) -> Moments:
+        """Return the first moments of one client after `num_steps` steps of this round; empty for plain SGD."""
+        tensors = {key: values[client] for key, values in self._first.items()}
+        return Moments(tensors, int(self._earlier_steps[client]) + num_steps if tensors else 0)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Take one step on the live clients, given the gradients of the live leaves in their order."""
+        self._num_steps += 1
+        if self.config.proximal > 0:
+            gradients = [
+                gradient + self.config.proximal * (leaf - self.start[key])
+                for gradient, (key, leaf) in zip(gradients, self._leaves.items(), strict=True)
+            ]
+        if self.config.clip_norm > 0:
+            gradients = clip_by_client(gradients, self.config.clip_norm)
+        for gradient, (key, leaf) in zip(gradients, self._leaves.items(), strict=True):
+            if self._is_adam:
+                self._adamw_(key, leaf, gradient)
+            else:
+                self._sgd_(key, leaf, gradient)
+
+    def _sgd_(self, key: str, leaf: Tensor, gradient: Tensor) -> None:
+        if self.config.weight_decay > 0:
+            gradient = gradient + self.config.weight_decay * leaf
+        if self.config.momentum > 0:
+            gradient = self._first[key][: len(leaf)].mul_(self.config.momentum).add_(gradient)
+        leaf.add_(gradient, alpha=-self.config.lr)
+
+    def _adamw_(self, key: str, leaf: Tensor, gradient: Tensor) -> None:
+        beta1, beta2 = BETAS
+        first, second = self._first[key][: len(leaf)], self._second[key][: len(leaf)]
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        # First moments may have been gathered over earlier rounds too; second moments start anew in each.
+        gathered = (self._earlier_steps[: len(leaf)] + self._num_steps).to(leaf)
+        step_size = (self.config.lr / (1 - beta1**gathered)).view(-1, *[1] * (leaf.ndim - 1))
+        spread = second.sqrt().div_((1 - beta2**self._num_steps) ** 0.5).add_(EPSILON)
+        leaf.mul_(1 - self.config.lr * self.config.weight_decay)
+        leaf.sub_(step_size * first / spread)
+
+
+def clip_by_client(gradients: Sequence[Tensor], max_norm: float) -> list[Tensor]:
+    """Return the gradients `[clients, ...]` with each client's whole gradient scaled down to norm `max_norm` at most."""
+    squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
+    norms = torch.stack(squares).sum(0).sqrt()
+    factors = (max_norm / (norms + CLIP_EPSILON)).clamp(max=1.0)
+    return [gradient * factors.view(-1, *[1] * (gradient.ndim - 1)) for gradient in gradients]

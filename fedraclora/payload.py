@@ -1,0 +1,33 @@
+"""Tensors as one flat array a message kind, and back.
+
+Every tensor of a record costs Flower about 650 bytes of headers, so a message carries one flat array per kind; the shapes
+are known to the receiver from the plan and the links. Nothing here is encoded: a compressor comes before, not inside.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+FlatArray = npt.NDArray[np.floating]
+Shape = tuple[int, ...]
+
+
+def flatten(tensors: Sequence[Tensor]) -> FlatArray:
+    """Return the tensors' numbers, one after the other, as a new one-dimensional array on the CPU."""
+    if not tensors:
+        return np.zeros(0, dtype=np.float32)
+    flat: FlatArray = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).cpu().numpy()
+    return flat
+
+
+def unflatten(flat: FlatArray, shapes: Sequence[Shape]) -> list[Tensor]:
+    """Return tensors of the given shapes that own their memory. Raises ValueError where the number of values differs."""
+    sizes = [prod(shape) for shape in shapes]
+    if flat.ndim != 1 or flat.size != sum(sizes):
+        raise ValueError(f"payload of shape {flat.shape} does not hold the {sum(sizes)} numbers of shapes {list(shapes)}")
+    pieces = torch.from_numpy(flat.copy()).split(sizes)
+    return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]

@@ -1,0 +1,62 @@
+"""COLA, federated: both factors are trained and averaged, and the pair is merged at the end of each link.
+
+W. Xia, C. Qin, E. Hazan, "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning", 2024, arXiv
+2401.04151, is the chain for one machine. Federated here: within a link the two factors are averaged separately as in FedIT, so the merged product is
+not the mean of the clients' products (it misses the covariance of their factors).
+
+Differs from the paper: the start of A follows the run's sketch law; the paper fixes no federated form.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedraclora.chain import Weights
+from fedraclora.link import Link, Term
+from strategies.method import Adapter, Trained, Updates, mean_update, replace_trained
+
+
+@dataclass
+class Config:
+    """Settings of COLA.
+
+    rounds_per_link: rounds before the pair is merged and a new one started; 0 never (FedIT).
+    lr: the clients' learning rate where the run names none.
+    """
+
+    rounds_per_link: int = 1
+    lr: float = 0.3
+
+
+@dataclass(frozen=True)
+class ChainOfLora:
+    """The method for one adapted model."""
+
+    config: Config
+    adapter: Adapter
+
+    def open_link(self, index: int) -> Link:
+        """Return link `index`: a drawn start for A, zero for B."""
+        return self.adapter.open_link(index, self._sides)
+
+    def trains(self, round: int) -> Trained:  # noqa: ARG002
+        """Return both factors of every layer."""
+        return Trained(self._sides, self.adapter.dense)
+
+    def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:  # noqa: ARG002
+        """Return the pair of the means of the factors."""
+        return replace_trained(start, mean_update(updates))
+
+    def closes(self, updates_in_link: int) -> bool:
+        """Return whether the link has lasted its rounds."""
+        return updates_in_link == self.config.rounds_per_link
+
+    @property
+    def _sides(self) -> Mapping[str, str]:
+        return dict.fromkeys(self.adapter.shapes, "ab")
+
+
+def build(config: Config, adapter: Adapter) -> ChainOfLora:
+    """Return federated COLA for an adapted model. Raises ValueError for a negative link length."""
+    if config.rounds_per_link < 0:
+        raise ValueError(f"method.rounds_per_link={config.rounds_per_link} must not be negative")
+    return ChainOfLora(config, adapter)

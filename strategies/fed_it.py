@@ -1,0 +1,25 @@
+"""FedIT: one pair of factors, both trained and averaged separately in every round.
+
+J. Zhang, S. Vahidian, M. Kuo, C. Li, R. Zhang, T. Yu, G. Wang, Y. Chen, "Towards Building the Federated GPT: Federated
+Instruction Tuning", 2024, arXiv 2305.05644. The product of the means is not the mean of the products; the gap is the covariance of the clients'
+factors. It is federated COLA with a link that never closes.
+
+Differs from the paper: the start of A follows the run's sketch law, as every method's does.
+"""
+
+from dataclasses import dataclass
+
+from strategies import chain_of_lora
+from strategies.method import Adapter, Method
+
+
+@dataclass
+class Config:
+    """Settings of FedIT; `lr` is the clients' learning rate where the run names none."""
+
+    lr: float = 0.3
+
+
+def build(config: Config, adapter: Adapter) -> Method:
+    """Return FedIT for an adapted model."""
+    return chain_of_lora.build(chain_of_lora.Config(rounds_per_link=0, lr=config.lr), adapter)

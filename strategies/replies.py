@@ -1,0 +1,98 @@
+"""Reading a client's reply: what it must hold, and why one is refused."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from fedraclora.delivery import DENSE, UPDATE
+from fedraclora.payload import Shape, unflatten
+from strategies.method import ClientUpdate
+
+METRIC_KEYS = frozenset({"num-examples", "num-steps", "train-loss"})
+
+
+class BadReply(ValueError):
+    """A reply that cannot be used; `is_divergence` where its numbers are not finite."""
+
+    def __init__(self, reason: str, *, is_divergence: bool = False) -> None:
+        super().__init__(reason)
+        self.is_divergence = is_divergence
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a usable reply states and holds: digests, and by kind the keys and shapes of its tensors."""
+
+    version: str
+    sketches: str
+    shapes: Mapping[str, Mapping[str, Shape]]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the tensor bytes of one reply."""
+        sizes = [torch.Size(shape).numel() for kind in self.shapes.values() for shape in kind.values()]
+        return sum(sizes) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A usable reply."""
+
+    update: ClientUpdate
+    num_examples: int
+    train_loss: float
+
+
+def read_reply(message: Message, expected: Expected) -> Reply:
+    """Return the reply that a message carries. Raises BadReply with the reason where it cannot be used."""
+    if message.has_error():
+        raise BadReply(f"client error {message.error.code}: {message.error.reason}")
+    stated = message.content.config_records.get("reply", {})
+    for name, digest in (("version", expected.version), ("sketches", expected.sketches)):
+        if stated.get(name) != digest:
+            raise BadReply(f"its {name} digest is {str(stated.get(name))[:12]}, expected {digest[:12]}")
+    metrics = message.content.metric_records.get("metrics", {})
+    if metrics.keys() != METRIC_KEYS:
+        raise BadReply(f"its metrics are {sorted(metrics)}, expected {sorted(METRIC_KEYS)}")
+    num_examples, train_loss = int(_number(metrics["num-examples"])), _number(metrics["train-loss"])
+    if num_examples < 1:
+        raise BadReply(f"it states num-examples={num_examples}, expected at least 1")
+    tensors = _read_tensors(message, expected)
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise BadReply("its tensors hold NaN or infinity", is_divergence=True)
+    if not abs(train_loss) < float("inf"):
+        raise BadReply(f"its training loss is {train_loss}", is_divergence=True)
+    return Reply(ClientUpdate(tensors, float(num_examples)), num_examples, train_loss)
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float):
+        raise BadReply(f"a metric is {value!r}, expected one number")
+    return float(value)
+
+
+def _read_tensors(message: Message, expected: Expected) -> dict[str, Tensor]:
+    records = message.content.array_records
+    if set(records) != set(expected.shapes):
+        raise BadReply(f"it sends {sorted(records)}, expected {sorted(expected.shapes)}")
+    tensors: dict[str, Tensor] = {}
+    for kind, shapes in expected.shapes.items():
+        if list(records[kind]) != ["flat"]:
+            raise BadReply(f"its record {kind!r} holds {list(records[kind])}, expected one array named 'flat'")
+        try:
+            values = unflatten(records[kind]["flat"].numpy(), list(shapes.values()))
+        except (ValueError, TypeError) as error:
+            raise BadReply(f"its record {kind!r}: {error}") from error
+        if values[0].dtype != expected.dtype:
+            raise BadReply(f"its record {kind!r} is {values[0].dtype}, expected {expected.dtype}")
+        tensors |= dict(zip(shapes, values, strict=True))
+    return tensors
+
+
+def expected_shapes(factors: Mapping[str, Shape], dense: Mapping[str, Shape]) -> dict[str, Mapping[str, Shape]]:
+    """Return the shapes of a reply by kind, without the kinds that hold nothing."""
+    return {kind: shapes for kind, shapes in ((UPDATE, factors), (DENSE, dense)) if shapes}
