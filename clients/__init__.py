@@ -1,0 +1,1 @@
+"""The client half: one ClientApp that carries out any plan."""

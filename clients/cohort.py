@@ -40,7 +40,7 @@ def train(replica: Replica, requests: Sequence[Request]) -> list[Message]:
     replies: dict[int, Message] = {}
     try:
         _train_together(replica, dict(enumerate(requests)), replies)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         if len(requests) == 1:
             return [_failure(requests[0], error)]
         # One client's trouble must stay its own: find it by training the rest one by one.
@@ -62,8 +62,8 @@ def _train_together(replica: Replica, requests: dict[int, Request], replies: dic
         if plan.moments != "reset":
             state = ClientState(_copy(result.moments), describe(replica.link.skeleton()))
             replica.store.save(request.partition, plan.round, state)
-        records = {"metrics": _metrics(result), "reply": ConfigRecord(dict(stated))}
-        content = RecordDict({**_arrays(plan, result.tensors), **records})
+        content = RecordDict(dict(_arrays(plan, result.tensors)))
+        content["metrics"], content["reply"] = _metrics(result), ConfigRecord(dict(stated))
         replies[places[result.position]] = Message(content, reply_to=request.message)
 
 
@@ -126,9 +126,7 @@ def _arrays(plan: RoundPlan, tensors: dict[str, Tensor]) -> dict[str, ArrayRecor
 
 
 def _metrics(result: LocalResult) -> MetricRecord:
-    return MetricRecord(
-        {"num-examples": result.num_examples, "num-steps": result.num_steps, "train-loss": result.loss}
-    )
+    return MetricRecord({"num-examples": result.num_examples, "num-steps": result.num_steps, "train-loss": result.loss})
 
 
 def _failure(request: Request, error: Exception) -> Message:

@@ -1,7 +1,7 @@
-"""What one machine's clients share: a replica of the chain, the model's structure, the data, and the clients' own states.
+"""What one machine's clients share: a replica of the chain, the model, the data, and the clients' own states.
 
-A deployed machine has one client; the simulator has all of them, with one replica between them: each is still sent, and charged for,
-exactly what it lacks.
+A deployed machine has one client; the simulator has all of them, with one replica between them: each is still sent,
+and charged for, exactly what it lacks.
 """
 
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from fedraclora.tasks import row_loss
 
 @dataclass(frozen=True)
 class LocalData:
-    """The examples on this machine (on the training device, in the model's dtype) and the rows that each partition owns."""
+    """The examples on this machine (on the training device, in the model's dtype) and each partition's rows."""
 
     examples: Examples
     partitions: dict[int, IndexArray]

@@ -1,8 +1,8 @@
 """A client's own state between rounds: what it keeps and never sends.
 
-A round writes its state as a candidate under its round number; the next plan names the round whose candidate to start from, because
-only the server knows which replies were used. So a reply that was lost or refused changes nothing, and a run that is
-resumed starts from what it started from before.
+A round writes its state as a candidate under its round number; the next plan names the round whose candidate to start
+from, because only the server knows which replies were used. So a reply that was lost or refused changes nothing, and
+a run that is resumed starts from what it started from before.
 """
 
 import json

@@ -1,0 +1,1 @@
+"""Commands, presets, runtimes, reports and benchmarks."""

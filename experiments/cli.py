@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "replay": _replay,
     }
     if command in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        sys.stdout.write(USAGE)
         return 0
     try:
         if command not in commands:
@@ -100,7 +100,7 @@ def _hydra(command: str, arguments: list[str], settings: type, job: Callable[[An
     def entry(config: DictConfig) -> None:
         try:
             job(OmegaConf.to_object(config))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             # Hydra would print a traceback and exit; the caller's message says it better.
             errors.append(error)
 

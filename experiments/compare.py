@@ -1,15 +1,15 @@
 """A comparison: methods times seeds on the same splits, initial weights, cohorts and batch orders.
 
-Each run is an ordinary run in a folder of its own, so a comparison can be interrupted and resumed like one. Where asked, each method's
-learning rate is tuned first: on examples held out from training, with other seeds, over a grid that grows until its best value
-lies inside it.
+Each run is an ordinary run in a folder of its own, so a comparison can be interrupted and resumed like one. Where
+asked, each method's learning rate is tuned first: on examples held out from training, with other seeds, over a grid
+that grows until its best value lies inside it.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
-from math import ceil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from experiments.problem import prepare
 from experiments.progress import Display
 from experiments.report import write_report
 from experiments.results import load_runs
-from experiments.run import AT_BUDGET, FINISHED, Diverged, check_same_run, find_folder, run
+from experiments.run import AT_BUDGET, DIVERGED, FINISHED, Diverged, check_same_run, find_folder, run
 from experiments.settings import CompareSettings, Settings
 from experiments.tables import comparison_table, render_table
 from fedraclora.files import read_json, write_atomically, write_json
@@ -37,7 +37,7 @@ Score = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """A method's scores by learning rate, and the best one; `is_interior` says that both neighbours were tried and are worse."""
+    """A method's scores by learning rate, and the best one; `is_interior`: both neighbours were tried and are worse."""
 
     scores: dict[float, float]
     best: float
@@ -73,7 +73,9 @@ def compare(settings: CompareSettings, console: Console) -> Path:
 
 def _check(settings: CompareSettings) -> None:
     if not settings.methods or len(set(settings.methods)) != len(settings.methods) or settings.seeds < 1:
-        raise ValueError(f"methods={settings.methods} must name methods, each once, and seeds={settings.seeds} be positive")
+        raise ValueError(
+            f"methods={settings.methods} must name methods, each once, and seeds={settings.seeds} be positive"
+        )
     extra = set(settings.method_settings) - set(settings.methods)
     if extra:
         raise ValueError(f"method_settings names {sorted(extra)}, which are not among methods={settings.methods}")
@@ -82,9 +84,7 @@ def _check(settings: CompareSettings) -> None:
         prepare(_one(settings, Path(), method, settings.seed, None))
 
 
-def _one(
-    settings: CompareSettings, folder: Path, method: str, seed: int, lr: float | None
-) -> Settings:
+def _one(settings: CompareSettings, folder: Path, method: str, seed: int, lr: float | None) -> Settings:
     """Return the settings of one run of the comparison."""
     shared = {item.name: deepcopy(getattr(settings, item.name)) for item in fields(Settings)}
     own = configure("method", method, settings.method_settings.get(method, {}))
@@ -116,7 +116,8 @@ def is_done(folder: Path, rounds: int) -> bool:
     if not (folder / "summary.json").exists():
         return False
     summary = read_json(folder / "summary.json")
-    return summary["status"] == AT_BUDGET or (summary["status"] == FINISHED and summary["num_rounds"] >= rounds)
+    is_whole = summary["status"] == FINISHED and summary["num_rounds"] >= rounds
+    return bool(is_whole or summary["status"] == AT_BUDGET)
 
 
 def _report(
@@ -155,7 +156,7 @@ def _tune_all(settings: CompareSettings, folder: Path, display: Display) -> dict
         grid = _grid(settings, method)
         if not grid:
             continue
-        tuned = tune(grid, lambda lr, method=method: _score(settings, folder, method, lr, display), settings.tune_extensions)
+        tuned = tune(grid, partial(_score, settings, folder, display, method), settings.tune_extensions)
         best[method] = tuned.best
         rows += [
             {"method": method, "lr": lr, "score": score, "is_best": lr == tuned.best, "is_interior": tuned.is_interior}
@@ -170,7 +171,7 @@ def _tune_all(settings: CompareSettings, folder: Path, display: Display) -> dict
 
 
 def tune(grid: Sequence[float], score: Score, extensions: int) -> Tuned:
-    """Return the learning rate with the highest score; the grid grows at an end, in its own ratio, while its best lies there.
+    """Return the learning rate with the highest score; the grid grows, in its own ratio, while the best is at its end.
 
     At most `extensions` rates are added at either end.
     """
@@ -189,21 +190,28 @@ def tune(grid: Sequence[float], score: Score, extensions: int) -> Tuned:
         scores[rate] = score(rate)
 
 
-def _score(settings: CompareSettings, folder: Path, method: str, lr: float, display: Display) -> float:
-    """Return the mean over the tuning seeds of the mean validation accuracy of all rounds (for regression, minus the loss).
+def _score(settings: CompareSettings, folder: Path, display: Display, method: str, lr: float) -> float:
+    """Return the mean validation accuracy over all rounds and tuning seeds (for regression, minus the loss).
 
-    The mean over rounds is the area under the accuracy curve: within one method bytes are proportional to rounds, so it
-    rewards reaching any accuracy for few bytes. A run that diverged counts with the worst value for the rounds it did not do.
+    The mean over rounds is the area under the accuracy curve: within one method bytes grow with the rounds, so it
+    rewards reaching any accuracy for few bytes. A run that diverged counts with its worst value for the rounds it
+    did not do.
     """
-    scores = []
-    for seed in range(TUNING_SEED + settings.seed, TUNING_SEED + settings.seed + settings.tune_seeds):
-        one = _one(settings, folder / "tuning" / f"lr_{lr:g}", method, seed, lr)
-        one.eval_split = "validation"
-        _run_one(one, display, {})
-        rounds = pd.read_csv(Path(str(one.out)) / "rounds.csv")
-        is_classified = rounds["test_accuracy"].notna().any()
-        values = (rounds["test_accuracy"] if is_classified else -rounds["test_loss"]).dropna().tolist()
-        missing = max(0, ceil(settings.rounds / settings.eval_every) + 1 - len(values))
-        diverged = read_json(Path(str(one.out)) / "summary.json")["status"] == "diverged"
-        scores.append(sum(values + [min(values)] * missing * diverged) / (len(values) + missing * diverged))
-    return sum(scores) / len(scores)
+    seeds = range(TUNING_SEED + settings.seed, TUNING_SEED + settings.seed + settings.tune_seeds)
+    return sum(_score_one(settings, folder, display, (method, seed, lr)) for seed in seeds) / len(seeds)
+
+
+def _score_one(settings: CompareSettings, folder: Path, display: Display, which: tuple[str, int, float]) -> float:
+    method, seed, lr = which
+    one = _one(settings, folder / "tuning" / f"lr_{lr:g}", method, seed, lr)
+    one.eval_split = "validation"
+    path = _run_one(one, display, {})
+    if path is None:
+        raise BudgetTooSmall(f"{method} cannot be tuned: no round is affordable")
+    rounds = pd.read_csv(path / "rounds.csv")
+    accuracies = rounds["test_accuracy"].dropna().tolist()
+    values = accuracies or (-rounds["test_loss"].dropna()).tolist()
+    if read_json(path / "summary.json")["status"] == DIVERGED:
+        due = settings.rounds // settings.eval_every + 1
+        values = values + [min(values)] * max(0, due - len(values))
+    return float(sum(values) / len(values))

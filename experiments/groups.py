@@ -46,7 +46,9 @@ def register(overrides: Iterable[str]) -> None:
     store.store(name="run_settings", node=Settings)
     store.store(name="compare_settings", node=CompareSettings)
     for group, package in GROUPS.items():
-        chosen = [value for key, _, value in (item.partition("=") for item in overrides) if key == group and "." in value]
+        chosen = [
+            value for key, _, value in (item.partition("=") for item in overrides) if key == group and "." in value
+        ]
         for name in [*names(package), *chosen]:
             store.store(group=group, name=name, node=named_config(group, name))
 

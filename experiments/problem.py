@@ -20,8 +20,8 @@ from fedraclora.partitions import make_split
 from fedraclora.plugins import find, nearest
 from fedraclora.seeding import derive_seed, stream
 from fedraclora.sketch import LAWS
-from strategies.base import RoundSettings
 from strategies.method import Adapter, Method
+from strategies.rounds import RoundSettings
 from strategies.state import MIB, Budget
 
 RUNTIMES = ("in_process",)
@@ -44,12 +44,12 @@ class Problem:
         """Return the chain without links over the initial weights."""
         return Chain.start(self.model.state_dict())
 
-    def replica(self, settings: Settings, store: ClientStore) -> Replica:
-        """Return the replica that all simulated clients share."""
+    def replica(self, settings: Settings, chain: Chain, store: ClientStore) -> Replica:
+        """Return the replica that all simulated clients share; `chain` is its own copy of the log, as a disk holds it."""
         partitions = dict(enumerate(self.split.indices))
         data = LocalData(self.dataset.train, partitions, self.dataset.task)
         memory = Memory(int(settings.chunk_mib * MIB), chunk_clients=1 if settings.exact else 0)
-        return Replica(self.model, data, self.new_chain(), store, memory)
+        return Replica(self.model, data, chain, store, memory)
 
 
 def prepare(settings: Settings) -> Problem:
@@ -145,7 +145,9 @@ def _round_settings(settings: Settings) -> RoundSettings:
         seed=settings.seed,
         min_replies=settings.min_replies,
         weighting=settings.weighting,
-        budget=Budget(*(_bytes(limit) for limit in (settings.budget_mib, settings.uplink_mib, settings.per_client_mib))),
+        budget=Budget(
+            *(_bytes(limit) for limit in (settings.budget_mib, settings.uplink_mib, settings.per_client_mib))
+        ),
     )
 
 

@@ -17,7 +17,12 @@ class Display:
 
     def __init__(self, console: Console, *, num_runs: int = 1) -> None:
         self._is_live, self._num_runs, self._done = console.is_terminal, num_runs, 0
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=console, disable=not self._is_live)
         self._task = self._progress.add_task("", total=None, state="")
         self.title = ""

@@ -1,11 +1,12 @@
 """A run's folder, written so that a run killed at any moment can go on from its last whole round.
 
-A round's rows and its link are written first and `state.json` last: what lies beyond the round that `state.json` names is cut off
-when the run is resumed.
+A round's rows and its link are written first and `state.json` last: what lies beyond the round that `state.json`
+names is cut off when the run is resumed.
 """
 
 import csv
 import io
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedraclora.chain import Chain
 from fedraclora.chain_store import ChainStore
 from fedraclora.files import read_json, write_atomically, write_json
 from fedraclora.ledger import LedgerRow, Traffic
-from strategies.base import RoundReport
+from strategies.rounds import RoundReport
 from strategies.state import ServerState
 
 BYTE_COLUMNS = (
@@ -46,6 +47,12 @@ class Recorder:
         self._keeps_all = keep_versions == "all"
         self._snapshot_every = snapshot_every
         self._written_version = 0
+        self._began = time.perf_counter()
+
+    @property
+    def wall_s(self) -> float:
+        """Return the seconds spent on this run, those before a resume included."""
+        return time.perf_counter() - self._began
 
     @property
     def can_resume(self) -> bool:
@@ -58,16 +65,24 @@ class Recorder:
         for name, columns in (("rounds.csv", COLUMNS), ("ledger.csv", [item.name for item in fields(LedgerRow)])):
             write_atomically(self.folder / name, (",".join(columns) + "\n").encode())
 
-    def resume(self) -> tuple[Chain, ServerState, float]:
-        """Return the chain, the server's state and the seconds spent, as of the last whole round; cut off what lies beyond."""
+    def resume(self) -> tuple[Chain, ServerState]:
+        """Return the chain and the server's state as of the last whole round, and cut off the rest."""
         saved = read_json(self.folder / "state.json")
         state = ServerState.from_json(saved["server"])
         for name, column in (("rounds.csv", COLUMNS.index("round")), ("ledger.csv", 0)):
             _keep_rounds(self.folder / name, column, state.round)
         self._written_version = saved["version"]
-        return self.store.load(saved["version"]), state, saved["wall_s"]
+        self._began -= saved["wall_s"]
+        return self.store.load(saved["version"]), state
 
-    def commit(self, row: Mapping[str, Any], report: RoundReport, chain: Chain, state: ServerState, wall_s: float) -> None:  # noqa: PLR0913
+    def replica(self) -> Chain:
+        """Return a copy of the chain as a client's disk would hold it: the closed links, merged."""
+        chain = self.store.load(self._written_version)
+        chain.open = None
+        chain.links.clear()
+        return chain
+
+    def commit(self, row: Mapping[str, Any], report: RoundReport, chain: Chain, state: ServerState) -> None:
         """Write a round: its link, its rows, and last the state that makes it count."""
         if chain.version > self._written_version:
             self.store.append(chain)
@@ -76,19 +91,24 @@ class Recorder:
                 self.store.snapshot(chain)
         _append(self.folder / "ledger.csv", pd.DataFrame([astuple(item) for item in report.rows]))
         _append(self.folder / "rounds.csv", pd.DataFrame([row], columns=list(COLUMNS)))
-        saved = {"version": chain.version, "wall_s": wall_s, "server": state.to_json()}
+        saved = {"version": chain.version, "wall_s": self.wall_s, "server": state.to_json()}
         write_json(self.folder / "state.json", saved)
         if not self._keeps_all:
             self.store.forget_replaced()
 
 
 def round_row(report: RoundReport, total: Traffic, *, method: str, seed: int) -> dict[str, Any]:
-    """Return a round's row of `rounds.csv` without its evaluation. `simulated_s` stays empty: there is no link model yet."""
+    """Return a round's row of `rounds.csv` without its evaluation.
+
+    `simulated_s` stays empty: there is no link model yet.
+    """
     own = asdict(report.traffic) | {"total_bytes": report.traffic.total_bytes}
     cumulative = asdict(total) | {"total_bytes": total.total_bytes}
     counts = {name: getattr(report, name) for name in COLUMNS[2:10]}
     return {
-        **{"method": method, "seed": seed, **counts},
+        "method": method,
+        "seed": seed,
+        **counts,
         **{name: own[name] for name in BYTE_COLUMNS},
         **{f"cum_{name}": cumulative[name] for name in BYTE_COLUMNS},
         "round_s": round(report.round_s, 6),

@@ -1,7 +1,7 @@
 """The settings of a run and of a comparison: one dataclass each, every key with its meaning beside it.
 
-Hydra composes them from the command line; `method`, `model`, `dataset` and `partition` are groups, one plug-in a file, each
-with settings of its own (`method.side=a`).
+Hydra composes them from the command line; `method`, `model`, `dataset` and `partition` are groups, one plug-in a
+file, each with settings of its own (`method.side=a`).
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +33,8 @@ class Settings:
     min_replies: int = 1
     weighting: str = "examples"
 
-    # What is trained: target layers get factors of this rank (`ranks` by layer name), `dense` names tensors trained in full.
+    # What is trained: target layers get factors of this rank (`ranks` by layer name), `dense` names tensors trained
+    # in full.
     rank: int = 8
     ranks: dict[str, int] = field(default_factory=dict)
     alpha: float | None = None
@@ -57,17 +58,18 @@ class Settings:
     uplink_mib: float | None = None
     per_client_mib: float | None = None
 
-    # Evaluation on the server; `validation` holds out this share of the training examples and leaves the test set alone.
+    # Evaluation on the server; `validation` holds out this share of the training examples and leaves the test set
+    # alone.
     eval_every: int = 1
     eval_split: str = "test"
     validation_fraction: float = 0.1
     target_accuracies: list[float] = field(default_factory=lambda: [0.7, 0.8, 0.85, 0.9])
 
-    # The machine.
+    # The machine. More than one thread pays for large models only, and changes the last bits (0: what PyTorch chooses).
     runtime: str = "in_process"
     device: str = "cpu"
     dtype: str = "float32"
-    threads: int = 0
+    threads: int = 1
     exact: bool = False
     chunk_mib: float = 64.0
 

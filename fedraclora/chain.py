@@ -1,8 +1,9 @@
 """The chain: a model as a log of closed links and one open link over fixed base weights.
 
-The server appends to it and every client is a replica that replays it. `W = base + sum of the closed links` is kept merged;
-the open link (whose factors a round replaces) is added on demand. A hash chain over the links tells whether two machines hold
-the same model. The paper's loop (Algorithm 1 of RAC-LoRA, arXiv 2410.08305) closes a link after each solve; FFA-LoRA never closes one.
+The server appends to it and every client is a replica that replays it. `W = base + sum of the closed links` is kept
+merged; the open link (whose factors a round replaces) is added on demand. A hash chain over the links tells whether
+two machines hold the same model. The paper's loop (Algorithm 1 of RAC-LoRA, arXiv 2410.08305) closes a link after
+each solve; FFA-LoRA never closes one.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ def merge_(weights: Weights, terms: Sequence[Term]) -> None:
 def _add_low_rank_(weight: Tensor, term: LowRank) -> None:
     """Add `scale * lora_b @ lora_a` to `weight` (a kernel is flattened to `[out, in]`), rank by rank.
 
-    One rounded product and one rounded sum an element: unlike a matrix product, that gives the same bits on every machine.
+    One rounded product and one rounded sum an element: unlike a matrix product, that gives the same bits on every
+    machine.
     """
     if isinstance(term.lora_a, Zero) or isinstance(term.lora_b, Zero):
         return
@@ -48,10 +50,10 @@ def _add_low_rank_(weight: Tensor, term: LowRank) -> None:
 class Chain:
     """A model's log with the merged weights of its closed links.
 
-    `merged` is the master copy (float32, or float64 for tests of equality). `links` holds the closed links still kept in
-    memory, the newest last; `num_links` counts all that were ever closed. `version` counts the updates, one a round that
-    changed the model. `num_links_before` is `num_links` as it was before the last update: what a client that
-    took part in it already holds. `updates_in_link` counts the updates of the open link.
+    `merged` is the master copy (float32, or float64 for tests of equality). `links` holds the closed links still kept
+    in memory, the newest last; `num_links` counts all that were ever closed. `version` counts the updates, one a
+    round that changed the model. `num_links_before` is `num_links` as it was before the last update: what a client
+    that took part in it already holds. `updates_in_link` counts the updates of the open link.
     """
 
     merged: Weights
@@ -78,7 +80,9 @@ class Chain:
         """Open a new link. Raises ValueError where one is open or the position is wrong."""
         if self.open is not None or link.index != self.num_links:
             state = "open" if self.open is not None else "closed"
-            raise ValueError(f"cannot open link {link.index}: {self.num_links} links are closed and the last one is {state}")
+            raise ValueError(
+                f"cannot open link {link.index}: {self.num_links} links are closed and the last one is {state}"
+            )
         self.open, self.updates_in_link = link, 0
 
     def update(self, terms: Sequence[Term], *, close: bool) -> None:
@@ -123,7 +127,9 @@ class Chain:
         """
         num_missing = self.num_links - num_held
         if not 0 <= num_missing <= len(self.links):
-            raise LookupError(f"links {num_held} to {self.num_links - 1} are asked for, the last {len(self.links)} are kept")
+            raise LookupError(
+                f"links {num_held} to {self.num_links - 1} are asked for, the last {len(self.links)} are kept"
+            )
         return self.links[len(self.links) - num_missing :]
 
     def restore(self, snapshot: Mapping[str, Tensor], *, num_links: int, hash: str) -> None:

@@ -1,7 +1,8 @@
 """A chain on disk: its base, one safetensors file a version, and an index.
 
-A version's file holds only what its link says in explicit numbers. The index names, for each version, its link, whether that
-link was closed then, and the chain's digest, which is checked when the chain is read: a damaged log is never taken for a model.
+A version's file holds only what its link says in explicit numbers. The index names, for each version, its link,
+whether that link was closed then, and the chain's digest, which is checked when the chain is read: a damaged log is
+never taken for a model.
 """
 
 import json
@@ -74,6 +75,10 @@ class ChainStore:
         for entry in replaced:
             (self.folder / entry.file).unlink(missing_ok=True)
 
+    def base_hash(self) -> str:
+        """Return the digest of the base that the chain started from."""
+        return read_tensors(self.folder / "base.safetensors")[1]["hash"]
+
     def versions(self) -> list[int]:
         """Return the versions that can be read, 0 (the base) first."""
         self._read_index()
@@ -117,7 +122,9 @@ class ChainStore:
         base, metadata = read_tensors(self.folder / "base.safetensors")
         chain = Chain.start(base)
         if chain.hash != metadata.get("hash"):
-            raise ValueError(f"{self.folder / 'base.safetensors'} is damaged: its digest differs from the one it states")
+            raise ValueError(
+                f"{self.folder / 'base.safetensors'} is damaged: its digest differs from the one it states"
+            )
         return chain
 
     def _take_snapshot(self, chain: Chain) -> None:
@@ -135,7 +142,9 @@ class ChainStore:
     def _read_index(self) -> None:
         index = read_json(self.folder / "index.json")
         if index.get("format") != FORMAT:
-            raise ValueError(f"{self.folder / 'index.json'} has format {index.get('format')!r}; this program reads {FORMAT}")
+            raise ValueError(
+                f"{self.folder / 'index.json'} has format {index.get('format')!r}; this program reads {FORMAT}"
+            )
         self._entries = [Entry(**row) for row in index["versions"]]
         self._snapshots = list(index["snapshots"])
 

@@ -116,7 +116,7 @@ def choose_stratified(strata: IndexArray, *, fraction: float, order: IndexArray)
     result = np.sort(np.concatenate([*chosen, np.zeros(0, dtype=np.int64)]))
     if not 0 < len(result) < len(strata):
         raise ValueError(
-            f"holding out {fraction} of {len(strata)} examples takes {len(result)} of them; both sides need at least one"
+            f"holding out {fraction} of {len(strata)} examples takes {len(result)}; both sides need at least one"
         )
     return result
 

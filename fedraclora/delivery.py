@@ -1,8 +1,9 @@
 """Bringing a replica to the server's version: what it lacks, as flat arrays by kind, and how it takes them in.
 
-A delivery holds the closed links that the replica lacks, or one snapshot of the changed weights where that is fewer bytes, and the
-open link. What a client that took part in the last update lacks is an `update` (factors) or `dense` (whole tensors); what was missed
-before is `catch_up` or `snapshot`. Both halves of the project use this file, so they cannot disagree about the order.
+A delivery holds the closed links that the replica lacks, or one snapshot of the changed weights where that is fewer
+bytes, and the open link. What a client that took part in the last update lacks is an `update` (factors) or `dense`
+(whole tensors); what was missed before is `catch_up` or `snapshot`. Both halves of the project use this file, so they
+cannot disagree about the order.
 """
 
 import json
@@ -39,7 +40,7 @@ class Delivery:
 
 
 def deliver(chain: Chain, num_held: int) -> Delivery:
-    """Return what a replica that holds `num_held` closed links lacks, by replay or by snapshot, whichever is fewer bytes."""
+    """Return what a replica with `num_held` closed links lacks: by replay or by snapshot, whichever is fewer bytes."""
     replay = _replay(chain, num_held)
     if num_held >= chain.num_links_before:
         return replay

@@ -1,8 +1,9 @@
 """Cohort layers: one frozen weight for all clients, and a small trained tensor for each of them.
 
-The clients of a round start from the same weights `W` and share the drawn factor, so one matrix product serves all of them
-and only the trained factor is batched: `y = x W^T + scale * (x A^T) B_c^T` for client `c`. The rows of a cohort's input are
-its clients' batches, one after the other, all of the same length. A single real client is a cohort of one.
+The clients of a round start from the same weights `W` and share the drawn factor, so one matrix product serves all of
+them and only the trained factor is batched: `y = x W^T + scale * (x A^T) B_c^T` for client `c`. The rows of a
+cohort's input are its clients' batches, one after the other, all of the same length. A single real client is a cohort
+of one.
 
 Full weights, biases and the affine parts of norms can be trained per client too (what FedAvg and trained heads need).
 Left out: layers that mix the rows of a batch, active dropout, grouped convolutions with low-rank factors.
@@ -167,7 +168,9 @@ class CohortNorm(CohortLayer):
         if affine.ndim > self.weight.ndim:
             affine = affine.repeat_interleave(x.shape[0] // self.num_clients, dim=0)
             missing = x.ndim - affine.ndim
-            return affine[(..., *[None] * missing)] if self.is_channels_first else affine[(slice(None), *[None] * missing)]
+            return (
+                affine[(..., *[None] * missing)] if self.is_channels_first else affine[(slice(None), *[None] * missing)]
+            )
         return affine[(..., *[None] * (x.ndim - 2))] if self.is_channels_first else affine
 
 

@@ -12,9 +12,10 @@ CATCH_UP_KINDS = ("catch_up", "snapshot")
 class LedgerRow:
     """One message's share of one kind.
 
-    `parameters` counts numbers, `tensor_bytes` their bytes as encoded (container headers not included), `record_bytes` the bytes of the
-    serialised Flower message. A message's envelope and plain values are in the row of kind `metrics` (uplink) or
-    `control` (downlink), or `setup` for the handshake, so that the rows of a message add up to the whole message.
+    `parameters` counts numbers, `tensor_bytes` their bytes as encoded (container headers not included),
+    `record_bytes` the bytes of the serialised Flower message. A message's envelope and plain values are in the row of
+    kind `metrics` (uplink) or `control` (downlink), or `setup` for the handshake, so that the rows of a message add
+    up to the whole message.
     """
 
     round: int

@@ -1,8 +1,8 @@
 """Links: what one entry of the model's log holds, and how it is written down.
 
-A link is a list of terms. `LowRank` adds `scale * lora_b @ lora_a` to a layer's weight, `Dense` adds a full difference and
-`Set` replaces a tensor. A factor is drawn from a seed (`SketchKey`), zero, or explicit numbers; only explicit numbers are ever
-sent or stored.
+A link is a list of terms. `LowRank` adds `scale * lora_b @ lora_a` to a layer's weight, `Dense` adds a full
+difference and `Set` replaces a tensor. A factor is drawn from a seed (`SketchKey`), zero, or explicit numbers; only
+explicit numbers are ever sent or stored.
 """
 
 import hashlib

@@ -1,9 +1,10 @@
 """Local training: the steps of one client or of a whole cohort, in one pass.
 
-Every client minimises the mean loss of its own batches over its own trained tensors. The loss that is differentiated is the sum
-over clients of each client's mean loss, so the gradients separate exactly and client `c` takes the very steps that it
-would take alone. Clients are sorted by the number of their steps; those still training are a prefix of the stacked tensors,
-and nothing touches a client that has finished. The cohort is cut into chunks that fit a byte budget.
+Every client minimises the mean loss of its own batches over its own trained tensors. The loss that is differentiated
+is the sum over clients of each client's mean loss, so the gradients separate exactly and client `c` takes the very
+steps that it would take alone. Clients are sorted by the number of their steps; those still training are a prefix of
+the stacked tensors, and nothing touches a client that has finished. The cohort is cut into chunks that fit a byte
+budget.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,8 @@ class LocalConfig:
     """How a client trains in one round.
 
     `steps` local steps, or `epochs` passes over the client's own data where `steps` is 0. `proximal` is FedProx' mu
-    (Li et al., 2020, arXiv 1812.06127) on the trained tensors; `clip_norm` bounds the norm of a client's whole gradient; 0 turns either off.
+    (Li et al., 2020, arXiv 1812.06127) on the trained tensors; `clip_norm` bounds the norm of a client's whole
+    gradient; 0 turns either off.
     """
 
     optimizer: str = "sgd"
@@ -82,7 +84,10 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What all cohorts of a process share. `chunk_clients` limits a chunk's clients (0: the byte budget alone decides)."""
+    """What all cohorts of a process share.
+
+    `chunk_clients` limits a chunk's clients (0: the byte budget alone decides).
+    """
 
     model: CohortModel
     examples: Examples
@@ -94,8 +99,8 @@ class Trainer:
 def local_batches(indices: IndexArray, seed: int, config: LocalConfig) -> tuple[IndexArray, IndexArray]:
     """Return a client's batches `[steps, width]` (row numbers, padded with its first row) and their sizes `[steps]`.
 
-    Each pass goes through the client's rows in a fresh random order; its last batch may be smaller. The order depends on
-    the seed and the client's rows alone. Raises ValueError for a client without rows.
+    Each pass goes through the client's rows in a fresh random order; its last batch may be smaller. The order depends
+    on the seed and the client's rows alone. Raises ValueError for a client without rows.
     """
     num = len(indices)
     if num == 0:
@@ -188,7 +193,9 @@ class _Chunk:
 def _train_chunk(trainer: Trainer, chunk: _Chunk, optimizer: CohortOptimizer) -> list[float]:
     """Take all steps of a chunk and return each client's mean loss over its steps."""
     total = torch.zeros(len(chunk.num_steps), dtype=torch.float64)
-    live, leaves = 0, {}
+    examples, live, leaves = trainer.examples, 0, {}
+    # One buffer for all batches: a new one of megabytes each step costs more in page faults than the copy itself.
+    buffer = examples.inputs.new_empty(chunk.rows[0].numel(), *examples.inputs.shape[1:])
     for step in range(len(chunk.widths)):
         still_training = int((chunk.num_steps > step).sum())
         if still_training != live:
@@ -196,8 +203,8 @@ def _train_chunk(trainer: Trainer, chunk: _Chunk, optimizer: CohortOptimizer) ->
             leaves = optimizer.live_leaves(live)
             trainer.model.bind(leaves, num_clients=live)
         rows, weights = chunk.batch(step, live)
-        outputs = trainer.model(trainer.examples.inputs.index_select(0, rows))
-        losses = trainer.row_loss(outputs, trainer.examples.targets.index_select(0, rows)) * weights
+        outputs = trainer.model(torch.index_select(examples.inputs, 0, rows, out=buffer[: len(rows)]))
+        losses = trainer.row_loss(outputs, examples.targets.index_select(0, rows)) * weights
         optimizer.step(torch.autograd.grad(losses.sum(), list(leaves.values())))
         total[:live] += losses.detach().view(live, -1).sum(1).cpu()
     mean: list[float] = (total / torch.from_numpy(chunk.num_steps)).tolist()

@@ -1,7 +1,8 @@
 """First moments across links: they were gathered in the old link's basis, and the new link has another.
 
-For a trained B the gradient lives in the rows of A, so a moment `m` stands for the direction `m A_old` in weight space; `transport` takes
-the closest direction that the new basis holds, `m A_old A_new^T (A_new A_new^T)^+`. For a trained A it is the mirror image.
+For a trained B the gradient lives in the rows of A, so a moment `m` stands for the direction `m A_old` in weight
+space; `transport` takes the closest direction that the new basis holds, `m A_old A_new^T (A_new A_new^T)^+`. For a
+trained A it is the mirror image.
 """
 
 from collections.abc import Mapping
@@ -28,8 +29,7 @@ def _transport(key: str, moment: Tensor, old: Mapping[str, LowRank], new: Mappin
     layer, _, factor = key.rpartition(".")
     if layer not in new or factor not in ("lora_a", "lora_b"):
         return moment
-    if factor == "lora_b":
-        basis_old, basis_new = materialize(old[layer].lora_a, moment), materialize(new[layer].lora_a, moment)
-        return moment @ basis_old @ torch.linalg.pinv(basis_new)
-    basis_old, basis_new = materialize(old[layer].lora_b, moment), materialize(new[layer].lora_b, moment)
-    return torch.linalg.pinv(basis_new) @ basis_old @ moment
+    other = "lora_a" if factor == "lora_b" else "lora_b"
+    basis_old = materialize(getattr(old[layer], other), moment)
+    back: Tensor = torch.linalg.pinv(materialize(getattr(new[layer], other), moment))
+    return moment @ basis_old @ back if factor == "lora_b" else back @ basis_old @ moment

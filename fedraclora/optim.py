@@ -1,7 +1,8 @@
 """Optimisers on stacked tensors: SGD, momentum and AdamW, whose every reduction stays inside one client.
 
-The formulas are those of `torch.optim.SGD` and `torch.optim.AdamW` (Loshchilov and Hutter, 2019, arXiv 1711.05101). They are written out because
-a stock optimiser would also move the clients that have finished, and clip all of them by one common norm.
+The formulas are those of `torch.optim.SGD` and `torch.optim.AdamW` (Loshchilov and Hutter, 2019, arXiv 1711.05101).
+They are written out because a stock optimiser would also move the clients that have finished, and clip all of them by
+one common norm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,9 +45,7 @@ class OptimizerConfig(Protocol):
 class CohortOptimizer:
     """Moves the stacked tensors of a chunk; `values` maps keys to `[clients, ...]`."""
 
-    def __init__(
-        self, config: OptimizerConfig, start: Mapping[str, Tensor], moments: Sequence[Moments | None]
-    ) -> None:
+    def __init__(self, config: OptimizerConfig, start: Mapping[str, Tensor], moments: Sequence[Moments | None]) -> None:
         clients = len(moments)
         self.config = config
         self.start = start

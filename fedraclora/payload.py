@@ -1,7 +1,8 @@
 """Tensors as one flat array a message kind, and back.
 
-Every tensor of a record costs Flower about 650 bytes of headers, so a message carries one flat array per kind; the shapes
-are known to the receiver from the plan and the links. Nothing here is encoded: a compressor comes before, not inside.
+Every tensor of a record costs Flower about 650 bytes of headers, so a message carries one flat array per kind; the
+shapes are known to the receiver from the plan and the links. Nothing here is encoded: a compressor comes before, not
+inside.
 """
 
 from collections.abc import Sequence
@@ -25,9 +26,14 @@ def flatten(tensors: Sequence[Tensor]) -> FlatArray:
 
 
 def unflatten(flat: FlatArray, shapes: Sequence[Shape]) -> list[Tensor]:
-    """Return tensors of the given shapes that own their memory. Raises ValueError where the number of values differs."""
+    """Return tensors of the given shapes that own their memory.
+
+    Raises ValueError where the number of values differs.
+    """
     sizes = [prod(shape) for shape in shapes]
     if flat.ndim != 1 or flat.size != sum(sizes):
-        raise ValueError(f"payload of shape {flat.shape} does not hold the {sum(sizes)} numbers of shapes {list(shapes)}")
+        raise ValueError(
+            f"payload of shape {flat.shape} does not hold the {sum(sizes)} numbers of shapes {list(shapes)}"
+        )
     pieces = torch.from_numpy(flat.copy()).split(sizes)
     return [piece.reshape(shape) for piece, shape in zip(pieces, shapes, strict=True)]

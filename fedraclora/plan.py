@@ -1,7 +1,7 @@
 """What the server asks of a client in one round, as plain values.
 
-The links say which factors exist and where the trained ones start (drawn, zero or sent); the plan adds what is trained, how, and
-from which stored state. Every method of this project is such a plan, so one client serves them all.
+The links say which factors exist and where the trained ones start (drawn, zero or sent); the plan adds what is
+trained, how, and from which stored state. Every method of this project is such a plan, so one client serves them all.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,10 @@ NO_STATE = -1
 class RoundPlan:
     """One round's work.
 
-    `trained` maps each layer of the open link to the factors trained there: `a`, `b` or `ab`. `dense` names the tensors trained
-    in full. `moments` says what becomes of the optimiser's first moments between rounds: `reset`, `carry` as they are, or
-    `transport` into the new link's basis. `batch_seed` is the seed of this round's batch orders.
+    `trained` maps each layer of the open link to the factors trained there: `a`, `b` or `ab`. `dense` names the
+    tensors trained in full. `moments` says what becomes of the optimiser's first moments between rounds: `reset`,
+    `carry` as they are, or `transport` into the new link's basis. `batch_seed` is the seed of this round's batch
+    orders.
     """
 
     round: int
@@ -38,7 +39,9 @@ class RoundPlan:
             raise ValueError(f"moments={self.moments!r} is unknown; valid: {', '.join(MOMENTS)}")
         wrong = {layer: sides for layer, sides in self.trained.items() if sides not in ("a", "b", "ab")}
         if wrong or not (self.trained or self.dense):
-            raise ValueError(f"a plan trains the factors a, b or ab of its layers, or dense tensors; found {wrong or 'nothing'}")
+            raise ValueError(
+                f"a plan trains the factors a, b or ab of its layers, or dense tensors; found {wrong or 'nothing'}"
+            )
 
     @property
     def factors(self) -> list[str]:

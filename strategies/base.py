@@ -1,113 +1,37 @@
-"""The round loop: plans become Flower messages, replies become the chain's next version, and every byte is written down.
+"""The round loop: plans become Flower messages, replies become the next version, and every byte is written down.
 
-This is the only file that speaks Flower for the server. The loop is ours where Flower's cannot resume, stop at a budget, or leave the model
-alone in a round with too few usable replies; `start` has Flower's signature, so the strategy works with any Grid.
+This is the only file that speaks Flower for the server. The loop is ours where Flower's cannot resume, stop at a
+budget, or leave the model alone in a round with too few usable replies; `start` has Flower's signature, so the
+strategy works with any Grid.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedraclora.chain import Chain
 from fedraclora.delivery import deliver, sketch_digest
-from fedraclora.ledger import DOWN, UP, LedgerRow, Traffic
+from fedraclora.ledger import DOWN, UP, LedgerRow
 from fedraclora.link import materialize
-from fedraclora.local import LocalConfig
 from fedraclora.plan import NO_STATE, RoundPlan
-from fedraclora.seeding import derive_seed, generator, stream
+from fedraclora.seeding import derive_seed, stream
 from strategies.method import ClientUpdate, Method, Updates
 from strategies.replies import BadReply, Expected, Reply, expected_shapes, read_reply
-from strategies.state import Budget, BudgetTooSmall, ServerState, exceeded
-from strategies.wire import record_bytes
+from strategies.rounds import QUERY_PARTITION, RoundReport, RoundSettings, ledger_rows, sample_cohort
+from strategies.state import BudgetTooSmall, ServerState, exceeded
 
 log = logging.getLogger("fedraclora")
-
-WEIGHTINGS = ("examples", "uniform")
-QUERY_PARTITION = "query.partition"
-
-
-@dataclass(frozen=True)
-class RoundSettings:
-    """How rounds are run: who takes part, how they train, and when a round counts.
-
-    `fraction` of the `num_clients` partitions is sampled a round; a round with fewer than `min_replies` usable replies leaves the
-    model unchanged; `weighting` is by `examples` or `uniform`; `seed` is the run's root seed.
-    """
-
-    num_clients: int
-    fraction: float
-    local: LocalConfig
-    seed: int
-    min_replies: int = 1
-    weighting: str = "examples"
-    budget: Budget = field(default_factory=Budget)
-
-    def __post_init__(self) -> None:
-        """Refuse values with which no round can be run."""
-        if self.num_clients < 1 or not 0 < self.fraction <= 1:
-            raise ValueError(f"num_clients={self.num_clients} must be at least 1, fraction={self.fraction} in (0, 1]")
-        if not 1 <= self.min_replies <= self.cohort_size:
-            raise ValueError(f"min_replies={self.min_replies} must lie between 1 and the cohort's {self.cohort_size}")
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting={self.weighting!r} is unknown; valid: {', '.join(WEIGHTINGS)}")
-
-    @property
-    def cohort_size(self) -> int:
-        """Return the clients sampled a round: the nearest whole number, at least one."""
-        return max(1, round(self.fraction * self.num_clients))
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """One round as it went. Round 0 is the handshake."""
-
-    round: int
-    link: int
-    num_clients: int = 0
-    num_ok: int = 0
-    num_failed: int = 0
-    num_missing: int = 0
-    is_updated: bool = False
-    has_diverged: bool = False
-    train_loss: float = float("nan")
-    round_s: float = 0.0
-    traffic: Traffic = field(default_factory=Traffic)
-    rows: list[LedgerRow] = field(default_factory=list)
-    failures: dict[int, str] = field(default_factory=dict)
-
-
-def sample_cohort(seed: int, round: int, settings: RoundSettings) -> list[int]:
-    """Return the sorted partitions of a round, drawn without replacement from the run's own cohort stream."""
-    order = generator(derive_seed(stream(seed, "cohort"), "round", round))
-    chosen = order.choice(settings.num_clients, size=settings.cohort_size, replace=False)
-    return sorted(int(partition) for partition in chosen)
-
-
-def ledger_rows(message: Message, round: int, direction: str, partition: int) -> list[LedgerRow]:
-    """Return the ledger rows of one message: one for each array record, named by kind, and one for all the rest."""
-    parts = record_bytes(message)
-    rest = "metrics" if direction == UP else "control"
-    if message.metadata.message_type == QUERY_PARTITION:
-        rest = "setup"
-    rows = [LedgerRow(round, direction, partition, rest, 0, 0, parts.pop(""))]
-    for kind, size in parts.items():
-        arrays = list(message.content.array_records[kind].values())
-        counts = [int(np.prod(array.shape)) for array in arrays]
-        num_bytes = sum(count * np.dtype(array.dtype).itemsize for count, array in zip(counts, arrays, strict=True))
-        rows.append(LedgerRow(round, direction, partition, kind, sum(counts), num_bytes, size))
-    return rows
 
 
 class ChainStrategy(Strategy):
     """Runs any method of this project over a Flower Grid.
 
-    The chain is the model; `state` is what the server remembers of its clients. Both are changed by each round, in place.
+    The chain is the model; `state` is what the server remembers of its clients. Both are changed by each round, in
+    place.
     """
 
     def __init__(
@@ -152,7 +76,10 @@ class ChainStrategy(Strategy):
         return RoundReport(**{**vars(report), "traffic": traffic, "round_s": round_s})
 
     def connect(self, grid: Grid, timeout: float | None) -> list[LedgerRow]:
-        """Learn which node owns which partition and return what asking cost. Raises RuntimeError where no client answers."""
+        """Learn which node owns which partition and return what asking cost.
+
+        Raises RuntimeError where no client answers.
+        """
         nodes = list(grid.get_node_ids())
         ask = [Message(RecordDict(), node, QUERY_PARTITION, group_id="0") for node in nodes]
         replies = list(grid.send_and_receive(ask, timeout=timeout))
@@ -181,7 +108,8 @@ class ChainStrategy(Strategy):
     ) -> list[Message]:
         """Return one message a client of the round's cohort: the plan, and what this client lacks of the model.
 
-        `arrays` and `config` are not used: the chain is the model. Sets `stop_reason` where the budget forbids the round.
+        `arrays` and `config` are not used: the chain is the model. Sets `stop_reason` where the budget forbids the
+        round.
         """
         if self.chain.open is None:
             self.chain.open_link(self.method.open_link(self.chain.num_links))
@@ -201,7 +129,7 @@ class ChainStrategy(Strategy):
                 messages.append(message)
                 self._rows += ledger_rows(message, server_round, DOWN, partition)
                 self._sent[partition] = self.chain.num_links
-        down = {partition: 0 for partition in self._sent}
+        down = dict.fromkeys(self._sent, 0)
         for row in self._rows:
             down[row.partition] += row.tensor_bytes
         self.stop_reason = exceeded(self.settings.budget, self.state, down, self._expected.num_bytes)
@@ -278,9 +206,7 @@ class ChainStrategy(Strategy):
         )
         return None, MetricRecord({"num-ok": len(usable), "num-failed": len(failures), "train-loss": loss})
 
-    def _sort(
-        self, round: int, replies: Iterable[Message]
-    ) -> tuple[dict[int, Reply], dict[int, str], int]:
+    def _sort(self, round: int, replies: Iterable[Message]) -> tuple[dict[int, Reply], dict[int, str], int]:
         """Return the usable replies and the reasons of the others by partition, and how many of those diverged."""
         partitions = {node: partition for partition, node in self._nodes.items()}
         usable: dict[int, Reply] = {}
@@ -324,7 +250,7 @@ class ChainStrategy(Strategy):
         """Log what is run."""
         log.info("%s: %s", type(self.method).__name__, self.settings)
 
-    def start(
+    def start(  # noqa: PLR0913
         self,
         grid: Grid,
         initial_arrays: ArrayRecord | None = None,
@@ -336,10 +262,13 @@ class ChainStrategy(Strategy):
     ) -> Result:
         """Run all rounds as Flower's own `Strategy.start` would, and return the final weights.
 
-        The initial model is the chain's, so `initial_arrays` must be left out or empty; `evaluate_fn` gets the merged weights.
+        The initial model is the chain's, so `initial_arrays` must be left out or empty; `evaluate_fn` gets the merged
+        weights.
         """
         if initial_arrays or train_config or evaluate_config:
-            raise ValueError("the chain holds the initial model and the settings; pass neither initial_arrays nor configs")
+            raise ValueError(
+                "the chain holds the initial model and the settings; pass neither initial_arrays nor configs"
+            )
         self.summary()
         result = Result()
         for report in self.rounds(grid, num_rounds, timeout=timeout):

@@ -1,8 +1,8 @@
 """COLA, federated: both factors are trained and averaged, and the pair is merged at the end of each link.
 
 W. Xia, C. Qin, E. Hazan, "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning", 2024, arXiv
-2401.04151, is the chain for one machine. Federated here: within a link the two factors are averaged separately as in FedIT, so the merged product is
-not the mean of the clients' products (it misses the covariance of their factors).
+2401.04151, is the chain for one machine. Federated here: within a link the two factors are averaged separately as in
+FedIT, so the merged product is not the mean of the clients' products (it misses the covariance of their factors).
 
 Differs from the paper: the start of A follows the run's sketch law; the paper fixes no federated form.
 """
@@ -38,11 +38,11 @@ class ChainOfLora:
         """Return link `index`: a drawn start for A, zero for B."""
         return self.adapter.open_link(index, self._sides)
 
-    def trains(self, round: int) -> Trained:  # noqa: ARG002
+    def trains(self, round: int) -> Trained:
         """Return both factors of every layer."""
         return Trained(self._sides, self.adapter.dense)
 
-    def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:  # noqa: ARG002
+    def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:
         """Return the pair of the means of the factors."""
         return replace_trained(start, mean_update(updates))
 

@@ -1,8 +1,8 @@
 """FedIT: one pair of factors, both trained and averaged separately in every round.
 
-J. Zhang, S. Vahidian, M. Kuo, C. Li, R. Zhang, T. Yu, G. Wang, Y. Chen, "Towards Building the Federated GPT: Federated
-Instruction Tuning", 2024, arXiv 2305.05644. The product of the means is not the mean of the products; the gap is the covariance of the clients'
-factors. It is federated COLA with a link that never closes.
+J. Zhang, S. Vahidian, M. Kuo, C. Li, R. Zhang, T. Yu, G. Wang, Y. Chen, "Towards Building the Federated GPT:
+Federated Instruction Tuning", 2024, arXiv 2305.05644. The product of the means is not the mean of the products; the
+gap is the covariance of the clients' factors. It is federated COLA with a link that never closes.
 
 Differs from the paper: the start of A follows the run's sketch law, as every method's does.
 """

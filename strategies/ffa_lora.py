@@ -1,7 +1,8 @@
 """FFA-LoRA: A is drawn once and frozen for good, only B is trained and averaged.
 
-Y. Sun, Z. Li, Y. Li, B. Ding, "Improving LoRA in Privacy-preserving Federated Learning", 2024, arXiv 2403.12313. The mean of the
-products is exact, but the update never leaves the row space of the one A. It is RAC-LoRA with a link that never closes.
+Y. Sun, Z. Li, Y. Li, B. Ding, "Improving LoRA in Privacy-preserving Federated Learning", 2024, arXiv 2403.12313. The
+mean of the products is exact, but the update never leaves the row space of the one A. It is RAC-LoRA with a link that
+never closes.
 
 Differs from the paper: A follows the run's sketch law (orthonormal rows by default), as every method's does.
 """

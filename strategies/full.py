@@ -1,8 +1,8 @@
 """FedAvg on all weights: the reference that every low-rank method is measured against.
 
-B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Aguera y Arcas, "Communication-Efficient Learning of Deep Networks from
-Decentralized Data", 2017, arXiv 1602.05629. Clients train and send every parameter; the server averages them. As a log it is one
-open link that sets the current weights, so a client that was away needs the newest version only.
+B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Aguera y Arcas, "Communication-Efficient Learning of Deep Networks
+from Decentralized Data", 2017, arXiv 1602.05629. Clients train and send every parameter; the server averages them. As
+a log it is one open link that sets the current weights, so a client that was away needs the newest version only.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Full:
         """Return the one link, empty until the first update."""
         return Link(index, ())
 
-    def trains(self, round: int) -> Trained:  # noqa: ARG002
+    def trains(self, round: int) -> Trained:
         """Return all parameters."""
         return Trained(dense=self.parameters)
 
@@ -43,7 +43,7 @@ class Full:
         """Return a term that sets each parameter to the clients' mean."""
         return replace_trained(start, move_from_start(weights, start, mean_update(updates), self.config.server_lr))
 
-    def closes(self, updates_in_link: int) -> bool:  # noqa: ARG002
+    def closes(self, updates_in_link: int) -> bool:
         """Return False: only the newest weights are ever sent."""
         return False
 

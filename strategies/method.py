@@ -1,7 +1,8 @@
 """What a method is: which factors start where, what the clients train, and how their replies become the next version.
 
 A method is a file that exports `Config`, a plain dataclass whose `lr` is the method's own default learning rate, and
-`build(config, adapter) -> Method`. It sees no message, no client code and no byte count: `base.py` speaks Flower for all.
+`build(config, adapter) -> Method`. It sees no message, no client code and no byte count: `base.py` speaks Flower for
+all.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from fedraclora.sketch import SketchKey
 
 @dataclass(frozen=True)
 class Trained:
-    """What the clients train in a round: factors by layer (`a`, `b` or `ab`), whole tensors, and the fate of their moments."""
+    """What the clients train: factors by layer (`a`, `b` or `ab`), whole tensors, and the fate of their moments."""
 
     factors: Mapping[str, str] = field(default_factory=dict)
     dense: tuple[str, ...] = ()
@@ -49,7 +50,7 @@ class Method(Protocol):
         ...
 
     def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:
-        """Return the open link's new terms, given the closed weights, the terms the clients started from, and replies by client."""
+        """Return the open link's new terms, given the closed weights, the link the clients started from, and replies."""
         ...
 
     def closes(self, updates_in_link: int) -> bool:
@@ -61,8 +62,8 @@ class Method(Protocol):
 class Adapter:
     """The adapted model as a method sees it.
 
-    `shapes`, `ranks` and `scales` (`alpha / rank`) are by target layer; `dense` names the tensors trained in full beside the factors,
-    `parameters` all of the model. `law` and `seed` are those of the sketches.
+    `shapes`, `ranks` and `scales` (`alpha / rank`) are by target layer; `dense` names the tensors trained in full
+    beside the factors, `parameters` all of the model. `law` and `seed` are those of the sketches.
     """
 
     shapes: Mapping[str, MatrixShape]
@@ -76,8 +77,8 @@ class Adapter:
     def open_link(self, index: int, sides: Mapping[str, str]) -> Link:
         """Return a link that changes nothing yet: per layer one factor drawn from the seed, the other zero.
 
-        `sides` are the trained factors: for `b` and `ab` lora_a is drawn, for `a` lora_b is. Raises ValueError for a rank
-        that a layer cannot have.
+        `sides` are the trained factors: for `b` and `ab` lora_a is drawn, for `a` lora_b is. Raises ValueError for a
+        rank that a layer cannot have.
         """
         return Link(index, tuple(self._term(index, layer, side) for layer, side in sides.items()))
 
@@ -85,7 +86,8 @@ class Adapter:
         shape, rank = self.shapes[layer], self.ranks[layer]
         if side == "ab" and rank > min(shape.out, shape.in_):
             raise ValueError(
-                f"rank {rank} exceeds min(in, out) = {min(shape.out, shape.in_)} of layer {layer!r}, whose two factors train"
+                f"rank {rank} exceeds min(in, out) = {min(shape.out, shape.in_)} of layer {layer!r}, "
+                "whose two factors train"
             )
         dim = shape.out if side == "a" else shape.in_
         drawn = SketchKey(law=self.law, seed=self.seed, link=index, layer=layer, side=side, rank=rank, dim=dim)
@@ -113,10 +115,8 @@ def replace_trained(start: Link, trained: Mapping[str, Tensor]) -> list[Term]:
     return terms + [Set(key, value) for key, value in trained.items() if key not in factors]
 
 
-def move_from_start(
-    weights: Weights, start: Link, mean: Mapping[str, Tensor], server_lr: float
-) -> dict[str, Tensor]:
-    """Return `start + server_lr * (mean - start)` for every trained tensor: the server's step towards the clients' mean."""
+def move_from_start(weights: Weights, start: Link, mean: Mapping[str, Tensor], server_lr: float) -> dict[str, Tensor]:
+    """Return `start + server_lr * (mean - start)` for every trained tensor: the server's step to the clients' mean."""
     if server_lr == 1.0:
         return dict(mean)
     values = {term.target: term.value for term in start.terms if isinstance(term, Set)}

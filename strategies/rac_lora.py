@@ -1,15 +1,17 @@
 """RAC-LoRA: a chain of links, in each of which one factor is drawn from a seed and only the other one is trained.
 
-G. Malinovsky, U. Michieli, H. A. A. K. Hammoud, T. Ceritli, H. Elesedy, M. Ozay, P. Richtarik, "Randomized Asymmetric Chain of
+G. Malinovsky, U. Michieli, H. A. A. K. Hammoud, T. Ceritli, H. Elesedy, M. Ozay, P. Richtarik, "Randomized Asymmetric
+Chain of
 LoRA: The First Meaningful Theoretical Framework for Low-Rank Adaptation", 2024, arXiv 2410.08305. Algorithm 1 is the
 chain; its federated form (the paper's Algorithm 2) is read as: for t = 0, 1, ...
 
 1. the server names the seed of A^t; every client of the cohort draws it and sets B = 0             (`open_link`)
 2. each client trains B on its own data and sends B_k                                               (`trains`)
-3. the server merges W^{t+1} = W^t + (alpha / rank) * mean(B_k) A^t, exact because A^t is shared    (`aggregate`, `closes`)
+3. the server merges W^{t+1} = W^t + (alpha / rank) * mean(B_k) A^t, exact because A^t is shared    (`aggregate`,
+   `closes`)
 
-Differs from the paper: A has orthonormal rows by default, so that a gradient step on B is the projected step of the theory; a link
-may last several rounds; the server may take a longer step than the mean (`server_lr`).
+Differs from the paper: A has orthonormal rows by default, so that a gradient step on B is the projected step of the
+theory; a link may last several rounds; the server may take a longer step than the mean (`server_lr`).
 """
 
 from collections.abc import Mapping
@@ -54,7 +56,7 @@ class RacLora:
         """Return link `index`: per layer one drawn factor, the trained one zero."""
         return self.adapter.open_link(index, self.sides)
 
-    def trains(self, round: int) -> Trained:  # noqa: ARG002
+    def trains(self, round: int) -> Trained:
         """Return the trained factor of each layer, the same in every round."""
         return Trained(self.sides, self.adapter.dense, self.config.moments)
 

@@ -51,11 +51,11 @@ def read_reply(message: Message, expected: Expected) -> Reply:
     """Return the reply that a message carries. Raises BadReply with the reason where it cannot be used."""
     if message.has_error():
         raise BadReply(f"client error {message.error.code}: {message.error.reason}")
-    stated = message.content.config_records.get("reply", {})
+    stated: Mapping[str, object] = message.content.config_records.get("reply", {})
     for name, digest in (("version", expected.version), ("sketches", expected.sketches)):
         if stated.get(name) != digest:
             raise BadReply(f"its {name} digest is {str(stated.get(name))[:12]}, expected {digest[:12]}")
-    metrics = message.content.metric_records.get("metrics", {})
+    metrics: Mapping[str, object] = message.content.metric_records.get("metrics", {})
     if metrics.keys() != METRIC_KEYS:
         raise BadReply(f"its metrics are {sorted(metrics)}, expected {sorted(METRIC_KEYS)}")
     num_examples, train_loss = int(_number(metrics["num-examples"])), _number(metrics["train-loss"])

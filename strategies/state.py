@@ -26,8 +26,8 @@ class Budget:
 class ServerState:
     """The server's memory after `round` rounds; with the chain it is all that a run needs to go on.
 
-    By partition: `held` counts the closed links that a client is known to hold, `last_used` is the last round whose reply was
-    used (where its state starts from), `spent` its tensor bytes so far.
+    By partition: `held` counts the closed links that a client is known to hold, `last_used` is the last round whose
+    reply was used (where its state starts from), `spent` its tensor bytes so far.
     """
 
     round: int = 0

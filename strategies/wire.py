@@ -1,9 +1,9 @@
 """The size of a Flower message as it is serialised, without serialising its arrays.
 
-Flower cuts a message into objects (the message, its records, arrays and chunks of at most 5 MB), each with a header that
-names its children by 64-digit hashes, and sends them with a tree of those names and an envelope. Only lengths matter
-for the size, so nothing is hashed here. Arrays with equal contents are counted each time: Flower would send them
-once, and a B of zeros must not look cheap.
+Flower cuts a message into objects (the message, its records, arrays and chunks of at most 5 MB), each with a header
+that names its children by 64-digit hashes, and sends them with a tree of those names and an envelope. Only lengths
+matter for the size, so nothing is hashed here. Arrays with equal contents are counted each time: Flower would send
+them once, and a B of zeros must not look cheap.
 
 This file and the in-process runtime are the only ones that use private names of Flower; its tests compare every
 size with the real serialisation.
@@ -14,8 +14,8 @@ from math import ceil
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.app.message.message import remove_content_from_message
-from flwr.common.serde import message_to_proto
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
+from flwr.common.serde import message_to_proto
 
 _ID = "0" * 64
 _TREE_ID_BYTES = 2 + len(_ID)
@@ -29,9 +29,10 @@ def record_bytes(message: Message) -> dict[str, int]:
 
     The sum over the parts is the size of the whole message.
     """
-    envelope = message_to_proto(remove_content_from_message(message)).ByteSize()
+    bare = remove_content_from_message(message)
+    envelope = _envelope(bare)
     # Without its content a message keeps an empty record as its child, so its own object has the same size.
-    own = len(remove_content_from_message(message).deflate())
+    own = len(bare.deflate())
     if not message.has_content():
         return {"": own + envelope + _TREE_ID_BYTES}
     sizes = {name: _record(record) for name, record in message.content.items()}
@@ -40,6 +41,13 @@ def record_bytes(message: Message) -> dict[str, int]:
     parts = {name: size for name, (size, _) in sizes.items() if name in message.content.array_records}
     rest = sum(size for name, (size, _) in sizes.items() if name not in parts)
     return {**parts, "": own + content + rest + envelope + tree}
+
+
+def _envelope(bare: Message) -> int:
+    """Return the size of a message's metadata as sent; Flower gives a message its id only then."""
+    proto = message_to_proto(bare)
+    proto.metadata.message_id = _ID
+    return int(proto.ByteSize())
 
 
 def _record(record: Record) -> Size:
@@ -54,7 +62,12 @@ def _record(record: Record) -> Size:
 
 def _array(array: Array) -> Size:
     num_chunks = ceil(len(array.data) / CHUNK_BYTES)
-    manifest = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "arraychunk_ids": list(range(num_chunks))}
+    manifest = {
+        "dtype": array.dtype,
+        "shape": array.shape,
+        "stype": array.stype,
+        "arraychunk_ids": list(range(num_chunks)),
+    }
     total = _object("Array", num_chunks, len(json.dumps(manifest)))
     for start in range(0, len(array.data), CHUNK_BYTES):
         total += _object("ArrayChunk", 0, min(CHUNK_BYTES, len(array.data) - start))

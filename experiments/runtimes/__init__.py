@@ -1,0 +1,1 @@
+"""Where the clients run: each runtime is a Flower Grid."""

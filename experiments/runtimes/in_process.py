@@ -1,11 +1,12 @@
 """A Flower Grid in this process: no Ray, no sockets, no serialisation, and the whole cohort trained in one pass.
 
-Train messages of one push become one cohort; every other message goes to the ClientApp, client by client. As in Flower, a client that
-fails answers with an error, keeps its state, and leaves the others alone; replies come in the order of the messages.
-Differs from Flower: timeouts and message lifetimes are not modelled, and a push is answered at once.
+Train messages of one push become one cohort; every other message goes to the ClientApp, client by client. As in
+Flower, a client that fails answers with an error, keeps its state, and leaves the others alone; replies come in the
+order of the messages. Differs from Flower: timeouts and message lifetimes are not modelled, and a push is answered at
+once.
 
-This file and `strategies/wire.py` are the only ones that use private names of Flower: a `Message` can be made only where a
-process-wide task identity is set, so one grid can be in use at a time.
+This file and `strategies/wire.py` are the only ones that use private names of Flower: a `Message` can be made only
+where a process-wide task identity is set, so one grid can be in use at a time.
 """
 
 import hashlib
@@ -79,7 +80,7 @@ class InProcessGrid(Grid):
         """Return the replies to the named messages, each once."""
         return [self._inbox.pop(name) for name in list(message_ids) if name in self._inbox]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:  # noqa: ARG002
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Return the replies to the messages."""
         return self.pull_messages(self.push_messages(messages))
 

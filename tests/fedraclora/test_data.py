@@ -82,7 +82,7 @@ def test_holdout_refuses_fractions_outside_0_to_1(fraction):
 
 @pytest.mark.parametrize(("fraction", "taken"), [(0.01, 0), (0.99, 10)])
 def test_holdout_refuses_to_empty_a_side(fraction, taken):
-    with pytest.raises(ValueError, match=f"takes {taken} of them"):
+    with pytest.raises(ValueError, match=f"takes {taken}; both"):
         holdout(dataset_of([0] * 10), fraction=fraction, seed=0)
 
 

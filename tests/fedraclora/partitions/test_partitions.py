@@ -61,6 +61,12 @@ def test_other_seed_gives_another_split(name):
     assert len({split_of(name, seed=seed).digest for seed in range(4)}) == 4
 
 
+@pytest.mark.parametrize("name", BY_LABEL)
+def test_the_seed_draws_who_holds_which_class(name):
+    dataset = ordinary()
+    assert len({label_counts(split_of(name, dataset, seed=seed), dataset).tobytes() for seed in range(4)}) == 4
+
+
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_splitting_is_silent_and_leaves_the_network_and_global_generator_alone(name, monkeypatch, capfd):
     def refuse(*_args):

@@ -1,0 +1,51 @@
+"""A run's `summary.json`, made from the tables on disk."""
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import pandas as pd
+
+from experiments.recorder import Recorder
+from experiments.settings import Settings
+from fedraclora.files import write_json
+
+PACKAGES = ("fedraclora", "flwr", "numpy", "torch")
+BYTE_SUMS = ("uplink", "downlink", "catchup", "total", "uplink_record", "downlink_record")
+
+
+def write_summary(recorder: Recorder, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+    """Write `summary.json` and return it; `known` holds what the tables do not say: status and digests."""
+    rounds = pd.read_csv(recorder.folder / "rounds.csv", float_precision="round_trip")
+    evaluated, last = rounds.dropna(subset=["test_loss"]), rounds.iloc[-1]
+    summary = {
+        "method": settings.method.name,
+        "seed": settings.seed,
+        "num_rounds": int(last["round"]),
+        "final_test_accuracy": _last(evaluated["test_accuracy"]),
+        "final_test_loss": _last(evaluated["test_loss"]),
+        **{f"{name}_bytes": int(last[f"cum_{name}_bytes"]) for name in BYTE_SUMS},
+        "targets": {str(target): first_crossing(rounds, target) for target in settings.target_accuracies},
+        "wall_s": round(recorder.wall_s, 3),
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        **known,
+    }
+    write_json(recorder.folder / "summary.json", summary)
+    return summary
+
+
+def _last(values: "pd.Series[float]") -> float | None:
+    return None if values.empty or pd.isna(values.iloc[-1]) else float(values.iloc[-1])
+
+
+def first_crossing(rounds: pd.DataFrame, target: float) -> dict[str, int] | None:
+    """Return the round that first reached a test accuracy and the bytes up to its end, or None."""
+    reached = rounds[rounds["test_accuracy"] >= target]
+    if reached.empty:
+        return None
+    first = reached.iloc[0]
+    return {
+        "round": int(first["round"]),
+        "uplink_bytes": int(first["cum_uplink_bytes"]),
+        "total_bytes": int(first["cum_total_bytes"]),
+    }

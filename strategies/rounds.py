@@ -1,0 +1,87 @@
+"""A round's rules and its record: who takes part, when a round counts, what it cost."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Message
+
+from fedraclora.ledger import UP, LedgerRow, Traffic
+from fedraclora.local import LocalConfig
+from fedraclora.seeding import derive_seed, generator, stream
+from strategies.state import Budget
+from strategies.wire import record_bytes
+
+WEIGHTINGS = ("examples", "uniform")
+QUERY_PARTITION = "query.partition"
+
+
+@dataclass(frozen=True)
+class RoundSettings:
+    """How rounds are run: who takes part, how they train, and when a round counts.
+
+    `fraction` of the `num_clients` partitions is sampled a round; a round with fewer than `min_replies` usable
+    replies leaves the model unchanged; `weighting` is by `examples` or `uniform`; `seed` is the run's root seed.
+    """
+
+    num_clients: int
+    fraction: float
+    local: LocalConfig
+    seed: int
+    min_replies: int = 1
+    weighting: str = "examples"
+    budget: Budget = field(default_factory=Budget)
+
+    def __post_init__(self) -> None:
+        """Refuse values with which no round can be run."""
+        if self.num_clients < 1 or not 0 < self.fraction <= 1:
+            raise ValueError(f"num_clients={self.num_clients} must be at least 1, fraction={self.fraction} in (0, 1]")
+        if not 1 <= self.min_replies <= self.cohort_size:
+            raise ValueError(f"min_replies={self.min_replies} must lie between 1 and the cohort's {self.cohort_size}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting={self.weighting!r} is unknown; valid: {', '.join(WEIGHTINGS)}")
+
+    @property
+    def cohort_size(self) -> int:
+        """Return the clients sampled a round: the nearest whole number, at least one."""
+        return max(1, round(self.fraction * self.num_clients))
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round as it went. Round 0 is the handshake."""
+
+    round: int
+    link: int
+    num_clients: int = 0
+    num_ok: int = 0
+    num_failed: int = 0
+    num_missing: int = 0
+    is_updated: bool = False
+    has_diverged: bool = False
+    train_loss: float = float("nan")
+    round_s: float = 0.0
+    traffic: Traffic = field(default_factory=Traffic)
+    rows: list[LedgerRow] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+
+
+def sample_cohort(seed: int, round: int, settings: RoundSettings) -> list[int]:
+    """Return the sorted partitions of a round, drawn without replacement from the run's own cohort stream."""
+    order = generator(derive_seed(stream(seed, "cohort"), "round", round))
+    chosen = order.choice(settings.num_clients, size=settings.cohort_size, replace=False)
+    return sorted(int(partition) for partition in chosen)
+
+
+def ledger_rows(message: Message, round: int, direction: str, partition: int) -> list[LedgerRow]:
+    """Return the ledger rows of one message: one for each array record, named by kind, and one for all the rest."""
+    parts = record_bytes(message)
+    rest = "metrics" if direction == UP else "control"
+    if message.metadata.message_type == QUERY_PARTITION:
+        rest = "setup"
+    rows = [LedgerRow(round, direction, partition, rest, 0, 0, parts.pop(""))]
+    for kind, size in parts.items():
+        arrays = list(message.content.array_records[kind].values())
+        counts = [int(np.prod(array.shape)) for array in arrays]
+        num_bytes = sum(count * np.dtype(array.dtype).itemsize for count, array in zip(counts, arrays, strict=True))
+        rows.append(LedgerRow(round, direction, partition, kind, sum(counts), num_bytes, size))
+    return rows

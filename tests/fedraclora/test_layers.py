@@ -1,0 +1,427 @@
+"""Tests of fedraclora.layers: a cohort of K clients computes what K plain models with merged weights compute."""
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedraclora.data import Examples
+from fedraclora.layers import CohortModel, MatrixShape, check_rows_stay_apart, find_dense, find_targets
+from fedraclora.local import LocalClient, LocalConfig, Trainer, train_cohort
+from fedraclora.models import cnn
+from fedraclora.tasks import row_loss
+
+SIDES = ("b", "a", "ab")
+TOLERANCE = 1e-12
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+# ---- the oracle: a plain model a client, its weights merged before the forward pass ----
+
+
+def _plain_model(model: nn.Module, tensors: Mapping[str, Tensor], scale: float, client: int) -> nn.Module:
+    """Return a copy of `model` with the client's own tensors in place and `W + scale * B_c @ A_c` as its weights."""
+    plain = copy.deepcopy(model)
+    parameters = dict(plain.named_parameters())
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            owner, _, name = key.rpartition(".")
+            if name == "lora_b":
+                lora_a = tensors[f"{owner}.lora_a"]
+                own_b, own_a = (factor if factor.ndim == 2 else factor[client] for factor in (tensor, lora_a))
+                weight = parameters[f"{owner}.weight"]
+                weight += scale * (own_b @ own_a).reshape(weight.shape)
+            elif name != "lora_a":
+                parameters[key].copy_(tensor[client])
+    return plain
+
+
+def _factors(layer: str, shape: MatrixShape, rank: int, side: str, clients: int) -> Tensors:
+    """Return random factors: the trained ones with a client axis, the other one shared."""
+    lora_a, lora_b = (rank, shape.in_), (shape.out, rank)
+    return {
+        f"{layer}.lora_a": torch.randn(*([clients] if "a" in side else []), *lora_a, dtype=torch.float64),
+        f"{layer}.lora_b": torch.randn(*([clients] if "b" in side else []), *lora_b, dtype=torch.float64),
+    }
+
+
+def _own(model: nn.Module, names: list[str], clients: int) -> Tensors:
+    parameters = dict(model.named_parameters())
+    return {name: torch.randn(clients, *parameters[name].shape, dtype=torch.float64) for name in names}
+
+
+def _assert_cohort_equals_clients(model: nn.Module, tensors: Tensors, inputs: Tensor, scale: float = 0.7) -> None:
+    """`inputs` are `[clients, batch, ...]`."""
+    low_rank = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
+    cohort = CohortModel(model, low_rank=low_rank, dense=[key for key in tensors if ".lora_" not in key])
+    cohort.set_scales(dict.fromkeys(low_rank, scale))
+    cohort.bind(tensors, num_clients=len(inputs))
+    with torch.no_grad():
+        found = cohort(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+        for client, own_inputs in enumerate(inputs):
+            expected = _plain_model(model, tensors, scale, client)(own_inputs)
+            torch.testing.assert_close(found[client], expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# ---- cohort equals clients ----
+
+
+@settings(max_examples=80)
+@given(data=st.data())
+def test_linear_cohort_equals_plain_layers_with_merged_weights(data: st.DataObject) -> None:
+    small = st.integers(1, 4)
+    clients, batch, fan_in, fan_out, rank = (data.draw(small) for _ in range(5))
+    between = data.draw(st.lists(small, max_size=2))
+    has_bias, form = data.draw(st.booleans()), data.draw(st.sampled_from([*SIDES, "weight", "none"]))
+    model = nn.Sequential(nn.Linear(fan_in, fan_out, bias=has_bias)).double()
+    tensors = _factors("0", MatrixShape(fan_out, fan_in), rank, form, clients) if form in SIDES else {}
+    own = (["0.weight"] if form == "weight" else []) + (["0.bias"] if has_bias and data.draw(st.booleans()) else [])
+    tensors |= _own(model, own, clients)
+    inputs = torch.randn(clients, batch, *between, fan_in, dtype=torch.float64)
+    _assert_cohort_equals_clients(model, tensors, inputs)
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_conv_cohort_equals_plain_layers_with_merged_kernels(data: st.DataObject) -> None:
+    small = st.integers(1, 3)
+    clients, batch, fan_in, fan_out, rank = (data.draw(small) for _ in range(5))
+    kernel, dilation = (data.draw(small), data.draw(small)), (data.draw(small), data.draw(small))
+    stride = (data.draw(small), data.draw(small))
+    paddings: list[object] = [0, 1, (2, 1), "valid"] + (["same"] if stride == (1, 1) else [])
+    has_bias, form = data.draw(st.booleans()), data.draw(st.sampled_from([*SIDES, "weight", "none"]))
+    geometry = {"stride": stride, "padding": data.draw(st.sampled_from(paddings)), "dilation": dilation}
+    model = nn.Sequential(nn.Conv2d(fan_in, fan_out, kernel, bias=has_bias, **geometry)).double()
+    shape = MatrixShape(fan_out, fan_in * kernel[0] * kernel[1])
+    tensors = _factors("0", shape, rank, form, clients) if form in SIDES else {}
+    own = (["0.weight"] if form == "weight" else []) + (["0.bias"] if has_bias and data.draw(st.booleans()) else [])
+    tensors |= _own(model, own, clients)
+    _assert_cohort_equals_clients(model, tensors, torch.randn(clients, batch, fan_in, 8, 9, dtype=torch.float64))
+
+
+def test_a_grouped_convolution_trained_in_full_equals_plain_layers() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)).double()
+    inputs = torch.randn(3, 2, 4, 5, 5, dtype=torch.float64)
+    _assert_cohort_equals_clients(model, _own(model, ["0.weight", "0.bias"], 3), inputs)
+
+
+NORMS = [
+    (nn.GroupNorm(2, 6), (6,)),
+    (nn.GroupNorm(3, 6), (6, 5)),
+    (nn.GroupNorm(6, 6), (6, 4, 3)),
+    (nn.LayerNorm(5), (5,)),
+    (nn.LayerNorm(5), (3, 5)),
+    (nn.LayerNorm((3, 5)), (3, 5)),
+    (nn.LayerNorm((3, 5)), (2, 3, 5)),
+    (nn.LayerNorm(5, bias=False), (3, 5)),
+]
+
+
+@pytest.mark.parametrize(("norm", "input_shape"), NORMS, ids=lambda value: str(value))
+@pytest.mark.parametrize("owned", [["0.weight"], ["0.bias"], ["0.weight", "0.bias"]], ids="+".join)
+def test_norm_cohort_equals_plain_norms_with_own_affine_parts(
+    norm: nn.Module, input_shape: tuple[int, ...], owned: list[str]
+) -> None:
+    model = nn.Sequential(copy.deepcopy(norm)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    owned = [name for name in owned if name in dict(model.named_parameters())]
+    tensors = _own(model, owned, 3)
+    _assert_cohort_equals_clients(model, tensors, torch.randn(3, 2, *input_shape, dtype=torch.float64))
+
+
+def _cnn() -> nn.Module:
+    config = cnn.Config(channels=[4, 8], groups=2, hidden=6)
+    return cnn.build(config, input_shape=(2, 8, 8), num_outputs=3).double()
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dense", [[], ["norm*", "*.bias"]], ids=["low-rank", "with-dense"])
+def test_cnn_cohort_equals_plain_models(side: str, dense: list[str]) -> None:
+    model = _cnn()
+    targets = find_targets(model, "all")
+    tensors = _own(model, find_dense(model, dense, list(targets)), 3)
+    for layer, shape in targets.items():
+        tensors |= _factors(layer, shape, 2, side, 3)
+    _assert_cohort_equals_clients(model, tensors, torch.randn(3, 2, 2, 8, 8, dtype=torch.float64))
+
+
+def test_layers_of_one_model_may_train_different_sides() -> None:
+    model = _cnn()
+    targets = find_targets(model, "all")
+    tensors: Tensors = {}
+    for (layer, shape), side in zip(targets.items(), ("b", "a", "ab", "b"), strict=True):
+        tensors |= _factors(layer, shape, 2, side, 4)
+    _assert_cohort_equals_clients(model, tensors, torch.randn(4, 3, 2, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_gradients_of_a_client_are_those_of_its_plain_model(side: str) -> None:
+    model, targets = _cnn(), ["conv2", "fc1"]
+    shapes = find_targets(model, targets)
+    tensors: Tensors = {}
+    for layer, shape in shapes.items():
+        tensors |= _factors(layer, shape, 2, side, 2)
+    trained = {key: tensor.requires_grad_() for key, tensor in tensors.items() if tensor.ndim == 3}
+    cohort = CohortModel(model, low_rank=targets, dense=[])
+    cohort.set_scales(dict.fromkeys(targets, 0.7))
+    cohort.bind(tensors, num_clients=2)
+    inputs = torch.randn(2, 3, 2, 8, 8, dtype=torch.float64)
+    gradients = torch.autograd.grad(cohort(inputs.flatten(0, 1)).square().sum(), list(trained.values()))
+    for client in range(2):
+        weights = dict(model.named_parameters())
+        for layer in targets:
+            own_b, own_a = (
+                factor if factor.ndim == 2 else factor[client]
+                for factor in (tensors[f"{layer}.lora_b"], tensors[f"{layer}.lora_a"])
+            )
+            weight = weights[f"{layer}.weight"]
+            weights[f"{layer}.weight"] = weight + 0.7 * (own_b @ own_a).reshape(weight.shape)  # type: ignore[assignment]
+        loss = torch.func.functional_call(model, weights, (inputs[client],)).square().sum()
+        expected = torch.autograd.grad(loss, list(trained.values()))
+        for found, wanted in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found[client], wanted[client], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# ---- a new link changes nothing; frozen things stay frozen ----
+
+
+@pytest.mark.parametrize("side", ["b", "a"])
+def test_a_new_link_changes_no_output_bit(side: str) -> None:
+    model = _cnn().float()
+    targets = find_targets(model, "all")
+    cohort = CohortModel(model, low_rank=list(targets), dense=[])
+    for layer, shape in targets.items():
+        factors = {key: factor.float() for key, factor in _factors(layer, shape, 2, side, 3).items()}
+        factors[f"{layer}.lora_{side}"].zero_()
+        cohort.bind(factors, num_clients=3)
+    inputs = torch.randn(6, 2, 8, 8)
+    assert torch.equal(cohort(inputs), model(inputs))
+
+
+def test_release_restores_the_original_function() -> None:
+    model = _cnn()
+    cohort = CohortModel(model, low_rank=["fc1"], dense=["fc2.weight", "norm1.bias"])
+    inputs = torch.randn(4, 2, 8, 8, dtype=torch.float64)
+    cohort.bind(_factors("fc1", find_targets(model, ["fc1"])["fc1"], 2, "b", 2), num_clients=2)
+    cohort.bind(_own(model, ["fc2.weight", "norm1.bias"], 2), num_clients=2)
+    assert not torch.allclose(cohort(inputs), model(inputs))
+    cohort.release()
+    torch.testing.assert_close(cohort(inputs), model(inputs), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["b", "a"])
+def test_training_moves_neither_frozen_weights_nor_the_frozen_factor(side: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    frozen_side = "a" if side == "b" else "b"
+    cohort = CohortModel(model, low_rank=["0"], dense=["2.bias"])
+    factors = _factors("0", MatrixShape(5, 4), 2, "none", 1)
+    frozen = {f"0.lora_{frozen_side}": factors[f"0.lora_{frozen_side}"]}
+    cohort.bind(frozen, num_clients=1)
+    start = {f"0.lora_{side}": torch.zeros_like(factors[f"0.lora_{side}"]), "2.bias": torch.zeros(3).double()}
+    before = {name: tensor.clone() for name, tensor in cohort.module.state_dict().items()}
+    kept = {key: tensor.clone() for key, tensor in (frozen | start).items()}
+    examples = Examples(torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2]))
+    trainer = Trainer(cohort, examples, row_loss("classification"))
+    clients = [LocalClient(torch.arange(3).numpy(), 0), LocalClient(torch.arange(3, 6).numpy(), 1)]
+    results = list(train_cohort(trainer, start, clients, LocalConfig(steps=3, weight_decay=0.1, momentum=0.5)))
+
+    assert all(tensor.abs().sum() > 0 for result in results for tensor in result.tensors.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cohort.module.state_dict().items())
+    assert all(torch.equal(tensor, kept[key]) for key, tensor in (frozen | start).items())
+    held = [*cohort.module.parameters(), *cohort.module.buffers(), *frozen.values()]
+    assert held
+    assert not any(tensor.requires_grad or tensor.grad is not None for tensor in held)
+
+
+def test_the_original_model_is_not_touched() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cohort = CohortModel(model, low_rank=["0"], dense=[])
+    cohort.load_weights({name: tensor + 1 for name, tensor in before.items()})
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert type(model[0]) is nn.Linear
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- weights by name ----
+
+
+def test_the_cohort_has_the_state_keys_of_the_original() -> None:
+    model = _cnn()
+    targets = find_targets(model, "all")
+    cohort = CohortModel(model, low_rank=list(targets), dense=find_dense(model, ["norm*", "*.bias"], list(targets)))
+    cohort.bind(_factors("fc1", targets["fc1"], 2, "b", 2), num_clients=2)
+    assert list(cohort.module.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in cohort.module.state_dict().items())
+
+
+def test_loaded_weights_are_the_ones_computed_with() -> None:
+    first, second = _cnn(), _cnn()
+    cohort = CohortModel(first, low_rank=list(find_targets(first, "all")), dense=["norm1.weight"])
+    cohort.load_weights(second.state_dict())
+    inputs = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(cohort(inputs), second(inputs), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_model_that_is_itself_a_layer_can_be_adapted_in_full() -> None:
+    layer = nn.Linear(3, 2).double()
+    cohort = CohortModel(layer, low_rank=[""], dense=[])
+    factors = _factors("", MatrixShape(2, 3), 1, "b", 2)
+    cohort.bind(factors, num_clients=2)
+    inputs = torch.randn(2, 3, dtype=torch.float64)
+    expected = [
+        inputs[client] @ (layer.weight + factors[".lora_b"][client] @ factors[".lora_a"]).T + layer.bias
+        for client in range(2)
+    ]
+    torch.testing.assert_close(cohort(inputs), torch.stack(expected), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# ---- what would mix clients is refused ----
+
+
+def test_batch_norm_in_training_mode_is_refused_with_advice() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    with pytest.raises(ValueError, match=r"'1' is a BatchNorm2d.*nn\.GroupNorm"):
+        CohortModel(model, low_rank=["0"], dense=[])
+
+
+def test_batch_norm_in_evaluation_mode_keeps_clients_apart() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).double()
+    model(torch.randn(8, 1, 5, 5, dtype=torch.float64))
+    factors = _factors("0", MatrixShape(2, 9), 2, "b", 2)
+    _assert_cohort_equals_clients(model.eval(), factors, torch.randn(2, 3, 1, 5, 5, dtype=torch.float64))
+
+
+def test_active_dropout_is_refused_and_inactive_dropout_is_not() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    with pytest.raises(ValueError, match=r"'1' is an active Dropout \(p=0\.5\).*set p=0"):
+        check_rows_stay_apart(model)
+    check_rows_stay_apart(model.eval())
+    check_rows_stay_apart(nn.Sequential(nn.Dropout(0.0)))
+
+
+# ---- targets ----
+
+
+def _encoder() -> nn.Module:
+    block = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 6), "query_norm": nn.LayerNorm(4)})
+    return nn.ModuleDict({"encoder": nn.ModuleList([block, copy.deepcopy(block)]), "head": nn.Conv2d(3, 5, (2, 7))})
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all", ["encoder.0.query", "encoder.0.value", "encoder.1.query", "encoder.1.value", "head"]),
+        (["query"], ["encoder.0.query", "encoder.1.query"]),
+        (["head", "1.value"], ["encoder.1.value", "head"]),
+        (["encoder.0.query"], ["encoder.0.query"]),
+        (r"encoder\.\d\.(query|value)", ["encoder.0.query", "encoder.0.value", "encoder.1.query", "encoder.1.value"]),
+        (r".*value", ["encoder.0.value", "encoder.1.value"]),
+    ],
+)
+def test_targets_name_layers_in_model_order(targets: str | list[str], expected: list[str]) -> None:
+    assert list(find_targets(_encoder(), targets)) == expected
+
+
+def test_target_shapes_flatten_kernels_into_columns() -> None:
+    found = find_targets(_encoder(), ["0.value", "head"])
+    assert found == {"encoder.0.value": MatrixShape(out=6, in_=4), "head": MatrixShape(out=5, in_=3 * 2 * 7)}
+
+
+@pytest.mark.parametrize("targets", ["hed", ["hed"]])
+def test_targets_that_match_nothing_are_answered_with_the_nearest_names(targets: str | list[str]) -> None:
+    with pytest.raises(ValueError, match=r"hed.*match no layer.*valid: encoder\.0\.query.*head"):
+        find_targets(_encoder(), targets)
+
+
+def test_a_regular_expression_has_to_match_the_whole_name() -> None:
+    with pytest.raises(ValueError, match="match no layer"):
+        find_targets(_encoder(), "query")
+
+
+@pytest.mark.parametrize("targets", ["all", ["out_proj"]])
+def test_the_inner_layers_of_multihead_attention_are_refused(targets: str | list[str]) -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+    with pytest.raises(ValueError, match=r"attention\.out_proj.*separate query, key and value"):
+        find_targets(model, targets)
+
+
+def test_a_plain_linear_inside_attention_is_refused_too() -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    attention.out_proj = nn.Linear(4, 4)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"attention\.out_proj.*called as modules"):
+        find_targets(nn.ModuleDict({"attention": attention}), "all")
+
+
+def test_targets_without_a_matrix_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"encoder\.0\.query_norm.*LayerNorm.*must be nn\.Linear or nn\.Conv2d"):
+        find_targets(_encoder(), ["query_norm"])
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"padding_mode": "reflect", "padding": 1}])
+def test_convolutions_without_a_plain_low_rank_form_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"'0'.*need groups=1 and padding_mode='zeros'"):
+        find_targets(nn.Sequential(nn.Conv2d(2, 2, 3, **options)), "all")  # type: ignore[arg-type]
+
+
+# ---- what is trained in full ----
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["fc2.*"], ["fc2.weight", "fc2.bias"]),
+        (["norm?.weight"], ["norm1.weight", "norm2.weight"]),
+        (["*.bias", "fc2.weight"], ["conv1.bias", "norm1.bias", "conv2.bias", "norm2.bias", "fc1.bias", "fc2.weight", "fc2.bias"]),
+        ([], []),
+    ],
+)
+def test_dense_patterns_name_parameters_in_model_order(patterns: list[str], expected: list[str]) -> None:
+    assert find_dense(_cnn(), patterns, ["fc1"]) == expected
+
+
+def test_a_dense_pattern_that_matches_nothing_is_answered_with_names() -> None:
+    with pytest.raises(ValueError, match=r"'fc2\.wieght' matches no parameter; did you mean 'fc2\.weight'"):
+        find_dense(_cnn(), ["*.bias", "fc2.wieght"], [])
+
+
+def test_a_weight_is_not_trained_in_two_ways() -> None:
+    with pytest.raises(ValueError, match=r"'fc1\.weight' is trained in full and by low-rank factors"):
+        find_dense(_cnn(), ["fc1.*"], ["fc1"])
+
+
+def test_parameters_of_layers_without_a_cohort_form_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"'0\.weight' belongs to a Embedding; only Linear, Conv2d, GroupNorm, LayerNorm"):
+        find_dense(model, ["*.weight"], [])
+
+
+def test_a_reflecting_convolution_is_never_trained_as_if_it_padded_with_zeros() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect")).double()
+    with pytest.raises(ValueError, match="padding_mode"):
+        CohortModel(model, low_rank=[], dense=find_dense(model, ["*"], []))
+
+
+# ---- memory ----
+
+
+def test_activation_floats_count_every_layer_output_for_one_row() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    cohort = CohortModel(model, low_rank=["0"], dense=[])
+    cohort.bind({"0.lora_a": torch.randn(2, 4).double()}, num_clients=1)
+    start = {"0.lora_b": torch.zeros(6, 2).double()}
+    for rows in (1, 7):
+        assert cohort.activation_floats(start, torch.randn(rows, 4).double()) == 4 + 6 + 6 + 3
