@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str], console: Console) -> None:
     def job(settings: Settings) -> None:
-        with Display(console) as display:
+        with Display(console, logs_rounds=True) as display:
             display.start_run(f"{settings.method.name} on {settings.dataset.name}")
             summary = run(settings, display)
         accuracy, loss = summary["final_test_accuracy"], summary["final_test_loss"]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,14 @@ def compare(settings: CompareSettings, console: Console) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "settings.yaml", OmegaConf.to_yaml(OmegaConf.create(plain_values(settings))).encode())
     refused: dict[str, str] = {}
-    with Display(console, num_runs=len(settings.methods) * settings.seeds) as display:
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    finished: list[Path] = []
+    with Display(console, logs_rounds=False) as display:
         rates = _tune_all(settings, folder, display)
-        finished = [
-            path
-            for seed in range(settings.seed, settings.seed + settings.seeds)
-            for method in settings.methods
-            if method not in refused
-            and (path := _run_one(_one(settings, folder, method, seed, rates.get(method)), display, refused))
-        ]
+        for seed, method in product(seeds, settings.methods):
+            one = _one(settings, folder, method, seed, rates.get(method))
+            if method not in refused and (path := _run_one(one, display, refused)) is not None:
+                finished.append(path)
     write_json(folder / "refused.json", refused)
     _report(settings, folder, finished, refused, console)
     return folder
@@ -96,7 +96,8 @@ def _run_one(settings: Settings, display: Display, refused: dict[str, str]) -> P
     """Run one part of a comparison, unless it is done; return its folder, or None where no round is affordable."""
     assert settings.out is not None
     folder, method = Path(settings.out), settings.method.name
-    display.start_run(f"{method} seed {settings.seed}")
+    purpose = f" tuning lr {settings.lr:g}" if settings.eval_split == "validation" else ""
+    display.start_run(f"{method} seed {settings.seed}{purpose}")
     if is_done(folder, settings.rounds):
         check_same_run(folder, settings)
         return folder
@@ -108,6 +109,7 @@ def _run_one(settings: Settings, display: Display, refused: dict[str, str]) -> P
         return None
     except Diverged as error:
         log.warning("%s seed %d: %s", method, settings.seed, error)
+    display.end_run()
     return folder
 
 

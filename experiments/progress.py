@@ -13,10 +13,13 @@ log = logging.getLogger("fedraclora")
 
 
 class Display:
-    """A progress bar of rounds; use it as a context manager. `title` names the run that is shown."""
+    """A progress bar of the rounds of one run after the other; use it as a context manager.
 
-    def __init__(self, console: Console, *, num_runs: int = 1) -> None:
-        self._is_live, self._num_runs, self._done = console.is_terminal, num_runs, 0
+    With `logs_rounds` it writes a line a round where nobody watches live, without it a line at the end of each run.
+    """
+
+    def __init__(self, console: Console, *, logs_rounds: bool) -> None:
+        self._is_live, self._logs_rounds = console.is_terminal, logs_rounds
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -25,7 +28,7 @@ class Display:
         )
         self._progress = Progress(*columns, console=console, disable=not self._is_live)
         self._task = self._progress.add_task("", total=None, state="")
-        self.title = ""
+        self._title = self._state = ""
 
     def __enter__(self) -> "Display":
         """Start to show."""
@@ -40,16 +43,22 @@ class Display:
 
     def start_run(self, title: str) -> None:
         """Begin a new run."""
-        self._done += 1
-        self.title = title if self._num_runs == 1 else f"[{self._done}/{self._num_runs}] {title}"
-        self._progress.reset(self._task, description=self.title, state="")
+        self._title = title
+        self._progress.reset(self._task, description=title, state="")
+
+    def end_run(self) -> None:
+        """Write the run's last state where its rounds were not written."""
+        if not self._logs_rounds:
+            log.info("%s: %s", self._title, self._state)
 
     def on_round(self, row: dict[str, Any], num_rounds: int) -> None:
         """Show one round."""
-        state = f"round {row['round']}/{num_rounds}  {_score(row)}  up {row['cum_uplink_bytes'] / MIB:.3f} MiB"
+        self._state = state = (
+            f"round {row['round']}/{num_rounds}  {_score(row)}  up {row['cum_uplink_bytes'] / MIB:.3f} MiB"
+        )
         self._progress.update(self._task, total=num_rounds, completed=row["round"], state=state)
-        if not self._is_live and (self._num_runs == 1 or row["round"] == num_rounds):
-            log.info("%s: %s", self.title, state)
+        if not self._is_live and self._logs_rounds:
+            log.info("%s: %s", self._title, state)
 
 
 def _score(row: dict[str, Any]) -> str:
@@ -59,8 +68,11 @@ def _score(row: dict[str, Any]) -> str:
 
 
 def start_logging(console: Console) -> None:
-    """Send the project's log lines through `console`, and silence Flower's own below warnings."""
-    log.handlers = [RichHandler(console=console, show_path=False, show_time=False, show_level=False)]
+    """Send the project's log lines to `console`, and silence Flower's own below errors."""
+    # Lines that go to a file keep their length.
+    is_live = console.is_terminal
+    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+    log.handlers = [handler if is_live else logging.StreamHandler(console.file)]
     log.setLevel(logging.INFO)
     log.propagate = False
     logging.getLogger("flwr").setLevel(logging.ERROR)

@@ -63,7 +63,7 @@ class Settings:
     eval_every: int = 1
     eval_split: str = "test"
     validation_fraction: float = 0.1
-    target_accuracies: list[float] = field(default_factory=lambda: [0.7, 0.8, 0.85, 0.9])
+    target_accuracies: list[float] = field(default_factory=lambda: [0.8, 0.9])
 
     # The machine. More than one thread pays for large models only, and changes the last bits (0: what PyTorch chooses).
     runtime: str = "in_process"

@@ -92,7 +92,7 @@ class AppsGrid(InProcessGrid):
     """Clients with a replica and a store each, as on machines of their own."""
 
     def __init__(self, problem: Problem, chosen: Settings) -> None:
-        self.replicas = [problem.replica(chosen, ClientStore()) for _ in range(chosen.num_clients)]
+        self.replicas = [problem.replica(chosen, problem.new_chain(), ClientStore()) for _ in range(chosen.num_clients)]
         super().__init__(self.replicas[0], chosen.num_clients)
 
     def _train(self, messages):
@@ -135,7 +135,7 @@ def federation(
     """Return the federation of some settings; `fault` tampers with replies as in `InProcessGrid`."""
     torch.set_num_threads(max(1, chosen.threads))
     problem = prepare(chosen)
-    replica = problem.replica(chosen, ClientStore(folder))
+    replica = problem.replica(chosen, problem.new_chain(), ClientStore(folder))
     clients = grid(replica, chosen.num_clients, fault=fault)
     strategy = ChainStrategy(problem.method, problem.new_chain(), problem.rounds, state=state)
     return Federation(chosen, problem, replica, clients, strategy)
