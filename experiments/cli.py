@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.compare import compare
-from experiments.groups import check_overrides, register
+from experiments.groups import CONF, check_overrides, default_plugins, register
 from experiments.progress import Display, start_logging
 from experiments.replay import replay
 from experiments.report import main_report
@@ -19,7 +19,6 @@ from experiments.run import Diverged, run
 from experiments.settings import CompareSettings, Settings
 from fedraclora.plugins import nearest
 
-CONF = str(Path(__file__).resolve().parent / "conf")
 FAILED, BAD_USE, STOPPED = 1, 2, 130
 
 USAGE = """\
@@ -94,7 +93,7 @@ def _compare(arguments: list[str], console: Console) -> None:
 def _hydra(command: str, arguments: list[str], settings: type, job: Callable[[Any], object]) -> None:
     """Compose the settings of a command with Hydra and call `job` with them; errors of the job pass through."""
     register(arguments)
-    check_overrides(arguments, settings)
+    check_overrides(arguments, settings, default_plugins(command))
     errors: list[BaseException] = []
 
     def entry(config: DictConfig) -> None:
@@ -106,7 +105,7 @@ def _hydra(command: str, arguments: list[str], settings: type, job: Callable[[An
 
     argv, sys.argv = sys.argv, [f"fedraclora {command}", *arguments]
     try:
-        hydra.main(config_path=CONF, config_name=command, version_base="1.3")(entry)()
+        hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(entry)()
     except SystemExit as stop:
         if stop.code not in (0, None):
             raise ValueError("these settings cannot be used (see above)") from stop

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -11,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.settings import CompareSettings, Settings
 from fedraclora.plugins import find, names, nearest
 
+CONF = Path(__file__).resolve().parent / "conf"
 GROUPS: Mapping[str, str] = {
     "method": "strategies",
     "model": "fedraclora.models",
@@ -53,20 +55,25 @@ def register(overrides: Iterable[str]) -> None:
             store.store(group=group, name=name, node=named_config(group, name))
 
 
-def check_overrides(overrides: Iterable[str], settings: type) -> None:
-    """Raise ValueError for a key or a plug-in that does not exist, naming the nearest valid ones.
+def check_overrides(overrides: Iterable[str], settings: type, defaults: Mapping[str, str]) -> None:
+    """Raise ValueError for a key, a plug-in or a preset that does not exist, naming the nearest valid ones.
 
-    Hydra would refuse them too, but without saying what would be right.
+    Hydra would refuse them too, but without saying what would be right. `defaults` are the plug-ins chosen by nobody.
     """
-    chosen: dict[str, str] = {}
     plain = [item.lstrip("+~") for item in overrides if "=" in item and not item.startswith(("hydra", "-"))]
-    for key, _, value in (item.partition("=") for item in plain):
-        if key in GROUPS:
-            chosen[key] = value
-            for name in value.split(","):
-                find(GROUPS[key], name)
-    for key in (item.partition("=")[0] for item in plain):
-        _check_key(key, settings, chosen)
+    pairs = [(key, value) for key, _, value in (item.partition("=") for item in plain)]
+    chosen = {key: value for key, value in pairs if key in GROUPS}
+    presets = [value for key, value in pairs if key == "experiment"]
+    for key, value in chosen.items():
+        for name in value.split(","):
+            find(GROUPS[key], name)
+    for preset in presets:
+        valid = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+        if preset not in valid:
+            raise ValueError(f"no preset {preset!r}; {nearest(preset, valid)}")
+    for key, _ in pairs:
+        # A preset may choose other plug-ins, whose keys only Hydra will know.
+        _check_key(key, settings, chosen if presets else {**defaults, **chosen})
 
 
 def _check_key(key: str, settings: type, chosen: Mapping[str, str]) -> None:
@@ -74,10 +81,18 @@ def _check_key(key: str, settings: type, chosen: Mapping[str, str]) -> None:
     top = [item.name for item in fields(settings)] + ["experiment"]
     if group not in top:
         raise ValueError(f"unknown setting {group!r}; {nearest(group, top)}")
-    if group in GROUPS and rest and "," not in chosen.get(group, "") and group in chosen:
+    if rest and group in chosen and "," not in chosen[group]:
         known = [item.name for item in fields(named_config(group, chosen[group])) if item.name != "name"]
         if rest.partition(".")[0] not in known:
             raise ValueError(f"{group} {chosen[group]!r} has no setting {rest!r}; {nearest(rest, known)}")
+
+
+def default_plugins(command: str) -> dict[str, str]:
+    """Return the plug-in of each group that a command uses where none is named."""
+    listed = OmegaConf.to_container(OmegaConf.load(CONF / f"{command}.yaml"))
+    assert isinstance(listed, dict)
+    named = [item for item in listed["defaults"] if isinstance(item, dict)]
+    return {group: name for item in named for group, name in item.items() if group in GROUPS}
 
 
 def plain_values(settings: Any) -> dict[str, Any]:  # noqa: ANN401

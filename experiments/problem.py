@@ -45,7 +45,7 @@ class Problem:
         return Chain.start(self.model.state_dict())
 
     def replica(self, settings: Settings, chain: Chain, store: ClientStore) -> Replica:
-        """Return the replica that all simulated clients share; `chain` is its own copy of the log, as a disk holds it."""
+        """Return the replica that all simulated clients share; `chain` is its own copy of the log."""
         partitions = dict(enumerate(self.split.indices))
         data = LocalData(self.dataset.train, partitions, self.dataset.task)
         memory = Memory(int(settings.chunk_mib * MIB), chunk_clients=1 if settings.exact else 0)

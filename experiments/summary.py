@@ -16,7 +16,7 @@ BYTE_SUMS = ("uplink", "downlink", "catchup", "total", "uplink_record", "downlin
 
 def write_summary(recorder: Recorder, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
     """Write `summary.json` and return it; `known` holds what the tables do not say: status and digests."""
-    rounds = pd.read_csv(recorder.folder / "rounds.csv", float_precision="round_trip")
+    rounds = pd.read_csv(recorder.folder / "rounds.csv")
     evaluated, last = rounds.dropna(subset=["test_loss"]), rounds.iloc[-1]
     summary = {
         "method": settings.method.name,

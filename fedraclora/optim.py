@@ -49,7 +49,7 @@ class CohortOptimizer:
         clients = len(moments)
         self.config = config
         self.start = start
-        self.values = {key: tensor.unsqueeze(0).repeat(clients, *[1] * tensor.ndim) for key, tensor in start.items()}
+        self.values = {key: _stack_copies(tensor, clients) for key, tensor in start.items()}
         self._first = self._stack(moments) if self._has_first_moment else {}
         self._second = {key: torch.zeros_like(t) for key, t in self.values.items()} if self._is_adam else {}
         self._earlier_steps = torch.tensor([0 if item is None else item.num_steps for item in moments])
@@ -116,6 +116,16 @@ class CohortOptimizer:
         spread = second.sqrt().div_((1 - beta2**self._num_steps) ** 0.5).add_(EPSILON)
         leaf.mul_(1 - self.config.lr * self.config.weight_decay)
         leaf.sub_(step_size * first / spread)
+
+
+def _stack_copies(tensor: Tensor, clients: int) -> Tensor:
+    """Return `tensor` once for each client, `[clients, ...]`, a matrix with its longer axis contiguous in memory.
+
+    Of the products with a stacked factor `[clients, out, rank]`, those that read along `rank` are several times slower.
+    """
+    if tensor.ndim == 2 and tensor.shape[0] > tensor.shape[1]:
+        return tensor.t().repeat(clients, 1, 1).transpose(1, 2)
+    return tensor.repeat(clients, *[1] * tensor.ndim)
 
 
 def clip_by_client(gradients: Sequence[Tensor], max_norm: float) -> list[Tensor]:

@@ -215,9 +215,11 @@ class ChainStrategy(Strategy):
         for message in sorted(replies, key=lambda reply: partitions.get(reply.metadata.src_node_id, -1)):
             partition = partitions.get(message.metadata.src_node_id, -1)
             self._rows += ledger_rows(message, round, UP, partition)
+            if partition not in self._sent or partition in usable or partition in failures:
+                # Paid for, but no client's one answer, so it counts neither as usable nor as failed.
+                log.warning("round %d: a reply of client %d that nobody asked for is ignored", round, partition)
+                continue
             try:
-                if partition not in self._sent or partition in usable or partition in failures:
-                    raise BadReply("nobody asked for it, or it is the second one")
                 usable[partition] = read_reply(message, self._expected)
             except BadReply as error:
                 failures[partition] = str(error)
