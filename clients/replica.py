@@ -77,8 +77,8 @@ class Replica:
         }
         start = {key: factors.pop(key) for key in plan.factors}
         model.bind(factors, num_clients=1)
-        start |= {name: weights[name] for name in plan.dense}
         data, memory = self.data, self.memory
+        start |= {name: weights[name].to(data.examples.inputs.device) for name in plan.dense}
         trainer = Trainer(model, data.examples, row_loss(data.task), memory.chunk_bytes, memory.chunk_clients)
         return trainer, start
 
@@ -98,4 +98,5 @@ class Replica:
         return weights
 
     def _factor(self, term: LowRank, side: str) -> Tensor:
-        return materialize(term.lora_a if side == "a" else term.lora_b, self.chain.merged[term.target])
+        factor = materialize(term.lora_a if side == "a" else term.lora_b, self.chain.merged[term.target])
+        return factor.to(self.data.examples.inputs.device)

@@ -41,8 +41,8 @@ class Problem:
     card: ModelCard
 
     def new_chain(self) -> Chain:
-        """Return the chain without links over the initial weights."""
-        return Chain.start(self.model.state_dict())
+        """Return the chain without links over the initial weights; chains live on the CPU, models on their device."""
+        return Chain.start({name: tensor.cpu() for name, tensor in self.model.state_dict().items()})
 
     def replica(self, settings: Settings, chain: Chain, store: ClientStore) -> Replica:
         """Return the replica that all simulated clients share; `chain` is its own copy of the log."""

@@ -34,7 +34,7 @@ def main_report(folders: Sequence[Path], out: Path) -> None:
     first = runs.settings[0]
     refused_file = out.parent / "refused.json"
     refused = json.loads(refused_file.read_text(encoding="utf-8")) if refused_file.is_file() else {}
-    targets, budget_mib = first.get("targets") or [], first.get("budget_mib")
+    targets, budget_mib = first.get("target_accuracies") or [], first.get("budget_mib")
     title = f"{', '.join(runs.methods)}: accuracy by bytes"
     write_report(runs, out, title=title, targets=targets, budget_mib=budget_mib, refused=refused)
 
@@ -141,13 +141,16 @@ def _tuning_section(path: Path) -> str:
         [
             str(row["method"]),
             f"{row['lr']:g}",
-            str(row["seed"]),
             format_number(float(row["score"])),
-            _tick(row["is_best"]),
+            _tick(row["is_best"]) + ("" if row["is_interior"] or not row["is_best"] else " (at the edge of the grid)"),
         ]
         for row in tuning.to_dict("records")
     ]
-    table = html_table(["method", "learning rate", "seed", "score", "chosen"], rows)
+    caption = (
+        "Score: mean test metric over all rounds and tuning seeds (accuracy, or minus the loss), on examples held out from "
+        "training and with seeds that the comparison does not use."
+    )
+    table = html_table(["method", "learning rate", "score", "chosen"], rows, caption=caption)
     return f'<h2>Learning rates tried</h2><div class="narrow">{table}</div>'
 
 

@@ -109,14 +109,21 @@ class ChainStore:
         chain, num_merged = self._base(), max(self._snapshots, default=0)
         last = {entry.link: entry for entry in self._entries}
         for entry in last.values():
-            chain.open_link(self._read_link(entry))
-            if entry.is_closed:
-                chain.close(merge=entry.link >= num_merged)
-            if chain.digest != entry.digest:
-                raise ValueError(f"{self.folder / entry.file} is damaged: version {entry.version} has another digest")
+            self._replay_version_(chain, entry, merge=entry.link >= num_merged)
             if entry.is_closed and chain.num_links == num_merged:
                 self._take_snapshot(chain)
         return chain
+
+    def _replay_version_(self, chain: Chain, entry: Entry, *, merge: bool) -> None:
+        path = self.folder / entry.file
+        try:
+            chain.open_link(self._read_link(entry))
+            if entry.is_closed:
+                chain.close(merge=merge)
+        except Exception as error:  # a damaged description may fail in any way; the cause is shown and kept
+            raise ValueError(f"{path} is damaged: {error!r}") from error
+        if chain.digest != entry.digest:
+            raise ValueError(f"{path} is damaged: version {entry.version} has another digest")
 
     def _base(self) -> Chain:
         base, metadata = read_tensors(self.folder / "base.safetensors")
@@ -140,13 +147,15 @@ class ChainStore:
         return restore(json.loads(metadata["link"]), ordered)
 
     def _read_index(self) -> None:
-        index = read_json(self.folder / "index.json")
-        if index.get("format") != FORMAT:
-            raise ValueError(
-                f"{self.folder / 'index.json'} has format {index.get('format')!r}; this program reads {FORMAT}"
-            )
-        self._entries = [Entry(**row) for row in index["versions"]]
-        self._snapshots = list(index["snapshots"])
+        path = self.folder / "index.json"
+        index = read_json(path)
+        try:
+            found, rows, snapshots = index["format"], index["versions"], index["snapshots"]
+            if found != FORMAT:
+                raise ValueError(f"{path} has format {found!r}; this program reads {FORMAT}")
+            self._entries, self._snapshots = [Entry(**row) for row in rows], list(snapshots)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}") from error
 
     def _write_index(self) -> None:
         rows = [asdict(entry) for entry in self._entries]

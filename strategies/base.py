@@ -57,7 +57,7 @@ class ChainStrategy(Strategy):
         `stop_reason` says so). Raises BudgetTooSmall where a fresh run cannot afford its first round.
         """
         setup = self.connect(grid, timeout)
-        if self.state.round == 0:
+        if self.state.round < 0:
             yield self._finish(RoundReport(round=0, link=self.chain.num_links, rows=setup))
         for round in range(self.state.round + 1, num_rounds + 1):
             began = time.perf_counter()

@@ -24,7 +24,7 @@ class Config:
     """
 
     rounds_per_link: int = 1
-    lr: float = 0.3
+    lr: float = 0.1
 
 
 @dataclass(frozen=True)

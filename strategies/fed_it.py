@@ -17,7 +17,7 @@ from strategies.method import Adapter, Method
 class Config:
     """Settings of FedIT; `lr` is the clients' learning rate where the run names none."""
 
-    lr: float = 0.3
+    lr: float = 0.1
 
 
 def build(config: Config, adapter: Adapter) -> Method:

@@ -21,7 +21,7 @@ class Config:
     """
 
     server_lr: float = 1.0
-    lr: float = 0.1
+    lr: float = 0.2
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Config:
     rounds_per_link: int = 1
     moments: str = "reset"
     server_lr: float = 1.0
-    lr: float = 1.0
+    lr: float = 2.0
 
 
 @dataclass(frozen=True)

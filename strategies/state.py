@@ -30,7 +30,7 @@ class ServerState:
     reply was used (where its state starts from), `spent` its tensor bytes so far.
     """
 
-    round: int = 0
+    round: int = -1
     traffic: Traffic = field(default_factory=Traffic)
     held: dict[int, int] = field(default_factory=dict)
     last_used: dict[int, int] = field(default_factory=dict)

@@ -1,7 +1,6 @@
 """The round loop: which replies count, what a faulty client changes (nothing), and where a run stops."""
 
 import copy
-import logging
 
 import numpy as np
 import pytest
@@ -17,9 +16,6 @@ from strategies.base import ChainStrategy
 from strategies.rounds import RoundSettings, sample_cohort
 from strategies.state import Budget, BudgetTooSmall, ServerState
 from tests.helpers import METHODS, RecordingGrid, edit_array, error_reply, federation, same_weights, settings
-
-logging.getLogger("fedraclora").setLevel(logging.CRITICAL)
-
 
 def with_metrics(reply, **changes):
     values = {**dict(reply.content.metric_records["metrics"]), **changes}

@@ -1,0 +1,71 @@
+"""A replica is the server's model, and what it trains with is frozen but for the plan."""
+
+import pytest
+import torch
+
+from fedraclora.delivery import VersionMismatch, deliver
+from fedraclora.local import LocalClient, LocalConfig, train_cohort
+from fedraclora.plan import RoundPlan
+from tests.helpers import federation, same_weights, settings
+
+
+@pytest.fixture
+def parts():
+    parts = federation(settings(dense=["fc1.bias"], momentum=0.5))
+    parts.run()
+    parts.chain.open_link(parts.problem.method.open_link(parts.chain.num_links))
+    parts.replica.receive([deliver(parts.chain, parts.replica.chain.num_links)])
+    return parts
+
+
+def plan(parts):
+    trained = parts.problem.method.trains(9)
+    return RoundPlan(round=9, trained=trained.factors, dense=trained.dense, local=LocalConfig(steps=4, lr=0.5))
+
+
+def test_a_replica_ends_at_the_servers_version_bit_for_bit(parts):
+    assert parts.replica.chain.digest == parts.chain.digest
+    assert same_weights(parts.replica.chain.weights(), parts.chain.weights())
+
+
+def test_a_replica_keeps_no_old_links(parts):
+    assert parts.replica.chain.links == []
+
+
+def test_deliveries_with_a_gap_are_refused(parts):
+    late = parts.problem.replica(parts.settings, parts.problem.new_chain(), parts.replica.store)
+    with pytest.raises(VersionMismatch, match="holds 0 links"):
+        late.receive([deliver(parts.chain, 2)])
+
+
+def test_the_trained_part_starts_at_zero_and_the_model_as_the_server_has_it(parts):
+    trainer, start = parts.replica.prepare(plan(parts))
+    assert list(start) == ["fc1.lora_b", "fc2.lora_b", "fc1.bias"]
+    assert all(not start[key].any() for key in start if key.endswith("lora_b"))
+    inputs = parts.problem.dataset.test.inputs[:5]
+    trainer.model.bind({key: tensor.unsqueeze(0) for key, tensor in start.items()}, num_clients=1)
+    model = parts.problem.model
+    model.load_state_dict(parts.chain.weights())
+    # C12 seen from a client: the open link changes no bit of the outputs but through the order of a sum.
+    torch.testing.assert_close(trainer.model(inputs), model(inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_training_moves_and_differentiates_nothing_but_the_trained_part(parts):
+    trainer, start = parts.replica.prepare(plan(parts))
+    frozen = [tensor for tensor in trainer.model.module.state_dict().values()]
+    sketches = [layer.lora_a for layer in trainer.model._layers.values()]
+    copies = [tensor.clone() for tensor in [*frozen, *sketches, *start.values()]]
+    rows = parts.problem.split.indices[0]
+    (result,) = train_cohort(trainer, start, [LocalClient(rows, seed=1)], plan(parts).local)
+    for tensor, copy in zip([*frozen, *sketches, *start.values()], copies, strict=True):
+        assert torch.equal(tensor, copy)
+        assert tensor.grad is None
+        assert not tensor.requires_grad
+    assert all(float(tensor.abs().max()) > 0 for tensor in result.tensors.values())
+
+
+def test_training_leaves_the_replicas_chain_alone(parts):
+    before = {name: tensor.clone() for name, tensor in parts.replica.chain.merged.items()}
+    trainer, start = parts.replica.prepare(plan(parts))
+    list(train_cohort(trainer, start, [LocalClient(parts.problem.split.indices[0], seed=1)], plan(parts).local))
+    assert same_weights(parts.replica.chain.merged, before)

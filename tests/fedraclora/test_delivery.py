@@ -1,0 +1,326 @@
+"""Tests of fedraclora.delivery: any replica ends at the server's bits, and is sent no byte too many."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedraclora import sketch
+from fedraclora.chain import Chain, equal_weights
+from fedraclora.delivery import CATCH_UP, DENSE, SNAPSHOT, UPDATE, Delivery, VersionMismatch, deliver, receive, sketch_digest
+from fedraclora.link import Dense, Link, LowRank, Set, Term, Zero
+from fedraclora.sketch import SketchKey
+
+OUT, IN, RANK, HEAD = 6, 24, 2, 5
+FLOAT_BYTES = 4
+LINK_BYTES = FLOAT_BYTES * OUT * RANK
+SNAPSHOT_BYTES = FLOAT_BYTES * OUT * IN
+
+
+def _numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _start() -> Chain:
+    return Chain.start({"fc1.weight": _numbers(0, OUT, IN), "head.bias": _numbers(1, HEAD), "norm.weight": _numbers(2, HEAD)})
+
+
+def _low_rank(index: int, lora_b: Tensor | Zero) -> LowRank:
+    return LowRank("fc1", 0.5, SketchKey("orthonormal", 3, index, "fc1", "b", RANK, IN), lora_b)
+
+
+def _open(chain: Chain) -> None:
+    if chain.open is None:
+        chain.open_link(Link(chain.num_links, (_low_rank(chain.num_links, Zero((OUT, RANK))),)))
+
+
+def _advance(chain: Chain, *, close: bool = True, dense: Sequence[str] = ()) -> None:
+    """Run one round of a server: open a link where none is, and replace its terms."""
+    _open(chain)
+    terms: list[Term] = [_low_rank(chain.num_links, _numbers(100 + chain.version, OUT, RANK))]
+    terms += [Set(name, _numbers(200 + chain.version, HEAD)) for name in dense]
+    chain.update(terms, close=close)
+
+
+def _grown(num_links: int, dense: Sequence[str] = ()) -> Chain:
+    chain = _start()
+    for _ in range(num_links):
+        _advance(chain, dense=dense)
+    return chain
+
+
+def _num_bytes(delivery: Delivery) -> dict[str, int]:
+    return {kind: array.nbytes for kind, array in delivery.arrays.items()}
+
+
+def _assert_same(replica: Chain, server: Chain) -> None:
+    assert replica.digest == server.digest
+    assert replica.num_links == server.num_links
+    assert equal_weights(replica.weights(), server.weights())
+    assert equal_weights(replica.merged, server.merged)
+
+
+# ---- replicas end where the server is ----
+
+
+@settings(max_examples=80)
+@given(data=st.data())
+def test_any_pattern_of_participation_ends_at_the_servers_bits(data: st.DataObject) -> None:
+    num_rounds, num_clients = data.draw(st.integers(1, 30)), 3
+    rounds_per_link = data.draw(st.integers(1, 4))
+    names = ["head.bias", "norm.weight"]
+    server, replicas = _start(), [_start() for _ in range(num_clients)]
+    held = [0] * num_clients
+    for round in range(num_rounds):
+        _open(server)
+        for client in data.draw(st.sets(st.integers(0, num_clients - 1))):
+            receive(replicas[client], deliver(server, held[client]))
+            _assert_same(replicas[client], server)
+            held[client] = server.num_links
+        dense = data.draw(st.lists(st.sampled_from(names), unique=True))
+        _advance(server, close=(round + 1) % rounds_per_link == 0, dense=dense)
+    for client, replica in enumerate(replicas):
+        receive(replica, deliver(server, held[client]))
+        _assert_same(replica, server)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_replica_shared_by_clients_takes_their_deliveries_in_any_order(data: st.DataObject) -> None:
+    """The simulator's clients hold different versions but share one replica, which is as new as the newest."""
+    server, replica = _start(), _start()
+    newest = data.draw(st.integers(0, 4))
+    for link in range(data.draw(st.integers(newest, 20))):
+        if link == newest:
+            receive(replica, deliver(server, 0))
+        _advance(server, dense=["head.bias"])
+    _open(server)
+    held = data.draw(st.permutations([newest, *data.draw(st.lists(st.integers(0, newest), max_size=3))]))
+    deliveries = [deliver(server, num_held) for num_held in held]
+    for delivery in deliveries:
+        receive(replica, delivery)
+        _assert_same(replica, server)
+
+
+def test_dense_differences_and_explicit_factors_arrive_too() -> None:
+    server, replica = _start(), _start()
+    for index in range(3):
+        server.open_link(Link(index, ()))
+        terms = [LowRank("fc1", 2.0, _numbers(index, 1, IN), _numbers(index + 9, OUT, 1)), Dense("norm.weight", torch.ones(HEAD))]
+        server.update(terms, close=True)
+    receive(replica, deliver(server, 0))
+    _assert_same(replica, server)
+
+
+def test_a_double_precision_chain_arrives_in_double_precision() -> None:
+    server, replica = (Chain.start({"fc1.weight": _numbers(0, OUT, IN).double()}) for _ in range(2))
+    for index in range(2):
+        server.open_link(Link(index, ()))
+        server.update([_low_rank(index, _numbers(index, OUT, RANK).double() / 3)], close=True)
+    delivery = deliver(server, 0)
+    assert all(array.dtype == np.float64 for array in delivery.arrays.values())
+    receive(replica, delivery)
+    _assert_same(replica, server)
+
+
+@pytest.mark.parametrize("num_held", [0, 3])
+def test_receiving_a_delivery_twice_changes_nothing(num_held: int) -> None:
+    server, replica = _grown(3, dense=["head.bias"]), _start()
+    receive(replica, deliver(server, 0))
+    _advance(server, close=False)
+    delivery = deliver(server, num_held)
+    receive(replica, delivery)
+    before = {name: tensor.clone() for name, tensor in replica.merged.items()}
+    receive(replica, delivery)
+    assert equal_weights(replica.merged, before)
+    _assert_same(replica, server)
+
+
+def test_the_receivers_weights_do_not_share_memory_with_the_message() -> None:
+    server, replica = _grown(1, dense=["head.bias"]), _start()
+    _advance(server, close=False)
+    delivery = deliver(server, 0)
+    receive(replica, delivery)
+    for array in delivery.arrays.values():
+        array[:] = 0
+    _assert_same(replica, server)
+
+
+# ---- what it costs ----
+
+
+def test_a_client_of_the_last_round_is_sent_exactly_the_last_link() -> None:
+    server = _grown(3)
+    _open(server)
+    delivery = deliver(server, 2)
+    assert _num_bytes(delivery) == {UPDATE: LINK_BYTES}
+    assert delivery.num_bytes == LINK_BYTES
+
+
+def test_a_client_that_is_up_to_date_is_sent_nothing_and_an_open_link_as_update() -> None:
+    server = _grown(2)
+    _open(server)
+    assert deliver(server, 2).num_bytes == 0
+    _advance(server, close=False)
+    assert _num_bytes(deliver(server, 2)) == {UPDATE: LINK_BYTES}
+
+
+def test_dense_values_of_the_last_round_are_their_own_kind() -> None:
+    assert _num_bytes(deliver(_grown(3, dense=["head.bias"]), 2)) == {UPDATE: LINK_BYTES, DENSE: FLOAT_BYTES * HEAD}
+
+
+@pytest.mark.parametrize("num_missed", [1, 2, 5])
+def test_missed_links_are_catch_up_of_j_m_r_floats(num_missed: int) -> None:
+    server = _grown(8)
+    expected = {CATCH_UP: num_missed * LINK_BYTES, UPDATE: LINK_BYTES}
+    assert _num_bytes(deliver(server, 8 - 1 - num_missed)) == expected
+
+
+def test_links_missed_before_an_open_one_are_catch_up() -> None:
+    server = _grown(3)
+    _advance(server, close=False)
+    assert _num_bytes(deliver(server, 1)) == {CATCH_UP: 2 * LINK_BYTES, UPDATE: LINK_BYTES}
+
+
+@given(num_links=st.integers(1, 3 * IN // RANK), num_held=st.integers(0, 40))
+@settings(max_examples=40)
+def test_the_cheaper_of_replay_and_snapshot_is_sent(num_links: int, num_held: int) -> None:
+    """The break-even is at n / r links: j links of m r floats against m n."""
+    num_held = min(num_held, num_links)
+    found = _num_bytes(deliver(_grown(num_links), num_held))
+    replay = (num_links - num_held) * LINK_BYTES
+    if num_held >= num_links - 1:
+        assert found == ({UPDATE: replay} if replay else {})
+    elif replay <= SNAPSHOT_BYTES:
+        assert found == {CATCH_UP: replay - LINK_BYTES, UPDATE: LINK_BYTES}
+    else:
+        assert num_links - num_held > IN / RANK
+        assert found == {SNAPSHOT: SNAPSHOT_BYTES}
+
+
+def test_a_snapshot_comes_with_the_open_link_and_only_changed_tensors() -> None:
+    server = _grown(IN, dense=["head.bias"])
+    _advance(server, close=False)
+    assert _num_bytes(deliver(server, 0)) == {SNAPSHOT: SNAPSHOT_BYTES + FLOAT_BYTES * HEAD, UPDATE: LINK_BYTES}
+
+
+def test_a_value_that_a_later_link_sets_again_is_not_sent() -> None:
+    server = _grown(5, dense=["head.bias"])
+    for num_held in range(5):
+        sent = _num_bytes(deliver(server, num_held))
+        assert sent[DENSE] == FLOAT_BYTES * HEAD
+        assert sent.get(CATCH_UP, 0) == (5 - 1 - num_held) * LINK_BYTES
+
+
+def test_a_value_set_once_long_ago_is_sent_to_who_lacks_it() -> None:
+    server = _start()
+    _advance(server, dense=["head.bias"])
+    for _ in range(3):
+        _advance(server, dense=["norm.weight"])
+    assert _num_bytes(deliver(server, 0))[CATCH_UP] == 3 * LINK_BYTES + FLOAT_BYTES * HEAD
+    assert _num_bytes(deliver(server, 1))[CATCH_UP] == 2 * LINK_BYTES
+
+
+def test_seeds_and_zeros_cost_no_tensor_bytes() -> None:
+    server = _start()
+    _open(server)
+    assert deliver(server, 0).arrays == {}
+    server.update([LowRank("fc1", 1.0, SketchKey("raw", 1, 0, "fc1", "b", 1, IN), SketchKey("raw", 1, 0, "fc1", "a", 1, OUT))], close=True)
+    delivery = deliver(server, 0)
+    assert delivery.num_bytes == 0
+    replica = _start()
+    receive(replica, delivery)
+    _assert_same(replica, server)
+
+
+def test_the_header_is_json_without_numbers_of_the_model() -> None:
+    small, large = (json.dumps(json.loads(deliver(_grown(3), 0).header)) for _ in range(2))
+    assert small == large
+    assert len(small) < 1500
+
+
+# ---- mismatches ----
+
+
+def test_a_gap_between_replica_and_delivery_is_a_version_mismatch() -> None:
+    replica = _start()
+    with pytest.raises(VersionMismatch, match=r"replica holds 0 links, the next one delivered is 2"):
+        receive(replica, deliver(_grown(4), 2))
+    assert equal_weights(replica.merged, _start().merged)
+    receive(replica, deliver(_grown(4), 0))
+    _assert_same(replica, _grown(4))
+
+
+def test_a_replica_of_another_history_is_a_version_mismatch() -> None:
+    replica = _start()
+    _advance(replica)
+    replica.merged["head.bias"] += 1
+    other = Chain.start(replica.merged)
+    with pytest.raises(VersionMismatch, match="replica ends at"):
+        receive(other, deliver(_grown(1), 0))
+
+
+def test_another_digest_is_a_version_mismatch() -> None:
+    delivery = deliver(_grown(2), 0)
+    header = json.loads(delivery.header) | {"digest": "0" * 64}
+    with pytest.raises(VersionMismatch, match="its server is at 000000000000"):
+        receive(_start(), replace(delivery, header=json.dumps(header)))
+
+
+def test_other_numbers_in_an_open_link_are_a_version_mismatch() -> None:
+    server = _grown(1)
+    _advance(server, close=False)
+    delivery = deliver(server, 1)
+    replica = _start()
+    receive(replica, deliver(_grown(1), 0))
+    arrays = {kind: array + 1 for kind, array in delivery.arrays.items()}
+    with pytest.raises(VersionMismatch, match="replica ends at"):
+        receive(replica, replace(delivery, arrays=arrays))
+    receive(replica, delivery)
+    _assert_same(replica, server)
+
+
+def test_missing_arrays_are_named() -> None:
+    delivery = deliver(_grown(3), 0)
+    arrays = {UPDATE: delivery.arrays[UPDATE]}
+    with pytest.raises(VersionMismatch, match=r"lacks its arrays \['catch_up'\]; it holds \['update'\]"):
+        receive(_start(), replace(delivery, arrays=arrays))
+
+
+def test_arrays_of_another_length_are_refused() -> None:
+    delivery = deliver(_grown(3), 0)
+    arrays = {kind: array[:-1] for kind, array in delivery.arrays.items()}
+    with pytest.raises(ValueError, match="does not hold the"):
+        receive(_start(), replace(delivery, arrays=arrays))
+
+
+# ---- sketches ----
+
+
+def test_the_sketch_digest_is_that_of_the_drawn_factors_by_name() -> None:
+    link = Link(4, (_low_rank(4, Zero((OUT, RANK))), LowRank("fc2", 1.0, _numbers(0, 2, 3), _numbers(1, 3, 2))))
+    drawn = {"fc1.lora_a": sketch.draw(SketchKey("orthonormal", 3, 4, "fc1", "b", RANK, IN))}
+    assert sketch_digest(link) == sketch.digest_all(drawn)
+
+
+def test_the_sketch_digest_notices_a_draw_that_differs_in_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    link = Link(0, (_low_rank(0, Zero((OUT, RANK))),))
+    expected, real = sketch_digest(link), sketch.draw
+
+    def other_machine(key: SketchKey) -> Tensor:
+        drawn = real(key).clone()
+        drawn.view(torch.int32)[0, 0] ^= 1
+        return drawn
+
+    monkeypatch.setattr(sketch, "draw", other_machine)
+    assert sketch_digest(link) != expected
+
+
+def test_no_link_and_no_drawn_factor_have_one_digest() -> None:
+    assert sketch_digest(None) == sketch_digest(Link(0, (Set("head.bias", torch.zeros(HEAD)),)))
