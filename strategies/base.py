@@ -8,6 +8,7 @@ strategy works with any Grid.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -73,7 +74,7 @@ class ChainStrategy(Strategy):
     def _finish(self, report: RoundReport, round_s: float = 0.0) -> RoundReport:
         self.state.round = report.round
         traffic = self.state.charge(report.rows)
-        return RoundReport(**{**vars(report), "traffic": traffic, "round_s": round_s})
+        return replace(report, traffic=traffic, round_s=round_s)
 
     def connect(self, grid: Grid, timeout: float | None) -> list[LedgerRow]:
         """Learn which node owns which partition and return what asking cost.
@@ -191,10 +192,8 @@ class ChainStrategy(Strategy):
             )
         examples = sum(reply.num_examples for reply in usable.values())
         loss = sum(reply.train_loss * reply.num_examples for reply in usable.values()) / max(examples, 1)
-        self.report = RoundReport(
-            round=server_round,
-            link=self.report.link,
-            num_clients=self.report.num_clients,
+        self.report = replace(
+            self.report,
             num_ok=len(usable),
             num_failed=len(failures),
             num_missing=self.report.num_clients - len(usable) - len(failures),
@@ -274,7 +273,7 @@ class ChainStrategy(Strategy):
         self.summary()
         result = Result()
         for report in self.rounds(grid, num_rounds, timeout=timeout):
-            result.arrays = ArrayRecord(dict(self.chain.weights()))  # type: ignore[arg-type]
+            result.arrays = ArrayRecord(dict(self.chain.weights()))
             result.train_metrics_clientapp[report.round] = MetricRecord({"train-loss": report.train_loss})
             if evaluate_fn is not None and (metrics := evaluate_fn(report.round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[report.round] = metrics

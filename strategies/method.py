@@ -50,7 +50,7 @@ class Method(Protocol):
         ...
 
     def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:
-        """Return the open link's new terms, given the closed weights, the link the clients started from, and replies."""
+        """Return the open link's new terms, given the closed weights, the link the clients started from, and updates."""
         ...
 
     def closes(self, updates_in_link: int) -> bool:

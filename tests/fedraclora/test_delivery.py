@@ -69,10 +69,10 @@ def _assert_same(replica: Chain, server: Chain) -> None:
 # ---- replicas end where the server is ----
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_pattern_of_participation_ends_at_the_servers_bits(data: st.DataObject) -> None:
-    num_rounds, num_clients = data.draw(st.integers(1, 30)), 3
+    num_rounds, num_clients = data.draw(st.integers(1, 20)), 3
     rounds_per_link = data.draw(st.integers(1, 4))
     names = ["head.bias", "norm.weight"]
     server, replicas = _start(), [_start() for _ in range(num_clients)]
@@ -90,15 +90,14 @@ def test_any_pattern_of_participation_ends_at_the_servers_bits(data: st.DataObje
         _assert_same(replica, server)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_a_replica_shared_by_clients_takes_their_deliveries_in_any_order(data: st.DataObject) -> None:
     """The simulator's clients hold different versions but share one replica, which is as new as the newest."""
-    server, replica = _start(), _start()
     newest = data.draw(st.integers(0, 4))
-    for link in range(data.draw(st.integers(newest, 20))):
-        if link == newest:
-            receive(replica, deliver(server, 0))
+    server, replica = _grown(newest, dense=["head.bias"]), _start()
+    receive(replica, deliver(server, 0))
+    for _ in range(data.draw(st.integers(0, 20))):
         _advance(server, dense=["head.bias"])
     _open(server)
     held = data.draw(st.permutations([newest, *data.draw(st.lists(st.integers(0, newest), max_size=3))]))
@@ -237,12 +236,6 @@ def test_seeds_and_zeros_cost_no_tensor_bytes() -> None:
     replica = _start()
     receive(replica, delivery)
     _assert_same(replica, server)
-
-
-def test_the_header_is_json_without_numbers_of_the_model() -> None:
-    small, large = (json.dumps(json.loads(deliver(_grown(3), 0).header)) for _ in range(2))
-    assert small == large
-    assert len(small) < 1500
 
 
 # ---- mismatches ----

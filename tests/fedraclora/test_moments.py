@@ -1,0 +1,112 @@
+"""Tests of fedraclora.moments."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedraclora import sketch
+from fedraclora.link import Link, LowRank, Zero
+from fedraclora.moments import carry_over
+from fedraclora.optim import Moments
+from fedraclora.sketch import SketchKey
+
+OUT, IN = 7, 9
+
+
+def _numbers(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _link(index: int, side: str, rank: int = 2, *, law: str = "gaussian", seed: int | None = None) -> Link:
+    drawn = SketchKey(law, 5, index if seed is None else seed, "fc1", side, rank, IN if side == "b" else OUT)
+    zero = Zero((OUT, rank) if side == "b" else (rank, IN))
+    return Link(index, (LowRank("fc1", 0.5, *((drawn, zero) if side == "b" else (zero, drawn))),))
+
+
+def _drawn(link: Link, side: str) -> np.ndarray:
+    term = link.low_rank_terms()["fc1"]
+    key = term.lora_a if side == "b" else term.lora_b
+    assert isinstance(key, SketchKey)
+    return sketch.draw(key).double().numpy()
+
+
+def _transported(moment: Tensor, old: Link, new: Link, side: str) -> Tensor:
+    key = f"fc1.lora_{side}"
+    return carry_over(Moments({key: moment}, 4), old, new, mode="transport").tensors[key]
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 999), rank=st.integers(1, 5), law=st.sampled_from(["gaussian", "orthonormal", "raw", "rademacher"]))
+def test_a_moment_of_b_becomes_the_nearest_one_that_the_new_rows_hold(seed: int, rank: int, law: str) -> None:
+    """`m A_old A_new^T (A_new A_new^T)^+` solves min over m' of |m' A_new - m A_old|, here by least squares."""
+    old, new = _link(seed, "b", rank, law=law), _link(seed + 1, "b", rank, law=law)
+    moment = _numbers(seed, OUT, rank)
+    expected = np.linalg.lstsq(_drawn(new, "b").T, (moment.numpy() @ _drawn(old, "b")).T, rcond=1e-10)[0].T
+    found = _transported(moment, old, new, "b")
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 999), rank=st.integers(1, 5))
+def test_a_moment_of_a_is_transported_in_the_mirror_image(seed: int, rank: int) -> None:
+    old, new = _link(seed, "a", rank), _link(seed + 1, "a", rank)
+    moment = _numbers(seed, rank, IN)
+    expected = np.linalg.lstsq(_drawn(new, "a"), _drawn(old, "a") @ moment.numpy(), rcond=1e-10)[0]
+    found = _transported(moment, old, new, "a")
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-9, atol=1e-9)
+
+
+def test_transport_into_the_same_basis_is_the_identity() -> None:
+    for side, shape in (("b", (OUT, 3)), ("a", (3, IN))):
+        old, new = (_link(index, side, 3, law="orthonormal", seed=2) for index in (2, 3))
+        moment = _numbers(0, *shape)
+        # The rows are orthonormal to float32's precision; the pseudo-inverse is exact for whatever they are.
+        torch.testing.assert_close(_transported(moment, old, new, side), moment, rtol=1e-12, atol=1e-12)
+
+
+def test_transport_into_an_orthogonal_basis_forgets_everything() -> None:
+    """Selectors without replacement take other coordinates in each link of a cycle."""
+    old, new = (_link(index, "b", 2, law="selector_without_replacement") for index in (0, 1))
+    assert np.all(_drawn(old, "b") @ _drawn(new, "b").T == 0)
+    assert _transported(_numbers(0, OUT, 2), old, new, "b").abs().max() < 1e-12
+
+
+def test_transport_into_the_whole_space_keeps_the_direction_in_weight_space() -> None:
+    old, new = _link(0, "b", 2), _link(1, "b", IN)
+    moment = _numbers(0, OUT, 2)
+    direction = _transported(moment, old, new, "b") @ torch.from_numpy(_drawn(new, "b"))
+    torch.testing.assert_close(direction, moment @ torch.from_numpy(_drawn(old, "b")), rtol=1e-9, atol=1e-9)
+
+
+def test_within_one_link_nothing_changes() -> None:
+    moments = Moments({"fc1.lora_b": _numbers(0, OUT, 2)}, 4)
+    for mode in ("carry", "transport"):
+        assert carry_over(moments, _link(3, "b"), _link(3, "b"), mode=mode) == moments
+
+
+def test_carry_leaves_moments_as_they_are() -> None:
+    moments = Moments({"fc1.lora_b": _numbers(0, OUT, 2), "fc1.bias": _numbers(1, OUT)}, 4)
+    carried = carry_over(moments, _link(3, "b"), _link(4, "b"), mode="carry")
+    assert carried.num_steps == 4
+    assert carried.tensors.keys() == moments.tensors.keys()
+    assert all(torch.equal(carried.tensors[key], tensor) for key, tensor in moments.tensors.items())
+
+
+def test_transport_leaves_dense_tensors_and_the_step_count_alone() -> None:
+    moments = Moments({"fc1.lora_b": _numbers(0, OUT, 2), "fc1.bias": _numbers(1, OUT), "head.weight": _numbers(2, 3, 3)}, 4)
+    moved = carry_over(moments, _link(3, "b"), _link(4, "b"), mode="transport")
+    assert moved.num_steps == 4
+    assert list(moved.tensors) == list(moments.tensors)
+    for key in ("fc1.bias", "head.weight"):
+        assert torch.equal(moved.tensors[key], moments.tensors[key])
+    assert not torch.allclose(moved.tensors["fc1.lora_b"], moments.tensors["fc1.lora_b"])
+
+
+def test_a_skeleton_is_enough_to_transport_from() -> None:
+    """Clients store links without their explicit numbers."""
+    old, moment = _link(3, "b"), _numbers(0, OUT, 2)
+    trained = Link(3, (LowRank("fc1", 0.5, old.low_rank_terms()["fc1"].lora_a, _numbers(5, OUT, 2)),))
+    expected = _transported(moment, old, _link(4, "b"), "b")
+    assert torch.equal(_transported(moment, trained.skeleton(), _link(4, "b"), "b"), expected)
