@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.compare import compare
-from experiments.groups import CONF, check_overrides, default_plugins, register
+from experiments.groups import allow_new_keys, CONF, check_overrides, default_plugins, register
 from experiments.progress import Display, start_logging
 from experiments.replay import replay
 from experiments.report import main_report
@@ -103,7 +103,7 @@ def _hydra(command: str, arguments: list[str], settings: type, job: Callable[[An
             # Hydra would print a traceback and exit; the caller's message says it better.
             errors.append(error)
 
-    argv, sys.argv = sys.argv, [f"fedraclora {command}", *arguments]
+    argv, sys.argv = sys.argv, [f"fedraclora {command}", *allow_new_keys(arguments, settings)]
     try:
         hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(entry)()
     except SystemExit as stop:

@@ -158,7 +158,12 @@ def _tune_all(settings: CompareSettings, folder: Path, display: Display) -> dict
         grid = _grid(settings, method)
         if not grid:
             continue
-        tuned = tune(grid, partial(_score, settings, folder, display, method), settings.tune_extensions)
+        tuned = tune(
+            grid,
+            partial(_score, settings, folder, display, method),
+            settings.tune_extensions,
+            refinements=settings.tune_refinements,
+        )
         best[method] = tuned.best
         rows += [
             {"method": method, "lr": lr, "score": score, "is_best": lr == tuned.best, "is_interior": tuned.is_interior}
@@ -172,24 +177,41 @@ def _tune_all(settings: CompareSettings, folder: Path, display: Display) -> dict
     return best
 
 
-def tune(grid: Sequence[float], score: Score, extensions: int) -> Tuned:
+def tune(grid: Sequence[float], score: Score, extensions: int, *, refinements: int = 0) -> Tuned:
     """Return the learning rate with the highest score; the grid grows, in its own ratio, while the best is at its end.
 
-    At most `extensions` rates are added at either end.
+    At most `extensions` rates are added at either end. Then, `refinements` times, the geometric means of the best rate
+    and its two neighbours are tried as well.
     """
-    rates = sorted(grid)
-    scores = {rate: score(rate) for rate in rates}
-    ratio = (rates[-1] / rates[0]) ** (1 / (len(rates) - 1))
+    scores = {rate: score(rate) for rate in sorted(grid)}
+    ratio = (max(scores) / min(scores)) ** (1 / (len(scores) - 1))
     added = {-1: 0, 1: 0}
-    while True:
-        tried = sorted(scores)
-        best = max(tried, key=lambda rate: (scores[rate], -rate))
-        side = -1 if best == tried[0] else 1 if best == tried[-1] else 0
-        if side == 0 or added[side] >= extensions:
-            return Tuned(scores, best, is_interior=side == 0)
+    while (side := _edge(scores)) and added[side] < extensions:
         added[side] += 1
-        rate = float(f"{best * ratio**side:.3g}")
+        rate = _rounded(_best(scores) * ratio**side)
         scores[rate] = score(rate)
+    for _ in range(refinements):
+        tried, best = sorted(scores), _best(scores)
+        place = tried.index(best)
+        for neighbour in tried[max(0, place - 1) : place] + tried[place + 1 : place + 2]:
+            rate = _rounded((best * neighbour) ** 0.5)
+            scores[rate] = score(rate)
+    return Tuned(scores, _best(scores), is_interior=not _edge(scores))
+
+
+def _best(scores: Mapping[float, float]) -> float:
+    """Return the rate with the highest score, the smaller one of two that are equal."""
+    return max(scores, key=lambda rate: (scores[rate], -rate))
+
+
+def _edge(scores: Mapping[float, float]) -> int:
+    """Return -1 or 1 where the best rate is the smallest or the largest that was tried, else 0."""
+    best = _best(scores)
+    return -1 if best == min(scores) else 1 if best == max(scores) else 0
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 def _score(settings: CompareSettings, folder: Path, display: Display, method: str, lr: float) -> float:

@@ -1,9 +1,10 @@
 """The plug-ins as Hydra groups: what the folders hold, and what a command line names from outside them."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -74,6 +75,12 @@ def check_overrides(overrides: Iterable[str], settings: type, defaults: Mapping[
     for key, _ in pairs:
         # A preset may choose other plug-ins, whose keys only Hydra will know.
         _check_key(key, settings, chosen if presets else {**defaults, **chosen})
+
+
+def allow_new_keys(overrides: Iterable[str], settings: type) -> list[str]:
+    """Return the overrides so that Hydra lets mappings (`ranks={fc1: 4}`) have keys that it cannot know."""
+    mappings = {item.name for item in fields(settings) if get_origin(item.type) is dict}
+    return [f"++{item}" if re.split(r"[.=]", item)[0] in mappings else item for item in overrides]
 
 
 def _check_key(key: str, settings: type, chosen: Mapping[str, str]) -> None:

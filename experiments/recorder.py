@@ -39,7 +39,10 @@ COLUMNS = (
 
 
 class Recorder:
-    """Writes one run's folder: `rounds.csv`, `ledger.csv`, `chain/` and `state.json`."""
+    """Writes one run's folder: `rounds.csv`, `ledger.csv`, `chain/` and `state.json`.
+
+    `digest` is that of the newest version written, which a link opened since then does not change.
+    """
 
     def __init__(self, folder: Path, *, keep_versions: str, snapshot_every: int) -> None:
         self.folder = folder
@@ -47,6 +50,7 @@ class Recorder:
         self._keeps_all = keep_versions == "all"
         self._snapshot_every = snapshot_every
         self._written_version = 0
+        self.digest = ""
         self._began = time.perf_counter()
 
     @property
@@ -62,6 +66,7 @@ class Recorder:
     def start(self, chain: Chain) -> None:
         """Begin a fresh run."""
         self.store.create(chain)
+        self.digest = chain.digest
         for name, columns in (("rounds.csv", COLUMNS), ("ledger.csv", [item.name for item in fields(LedgerRow)])):
             write_atomically(self.folder / name, (",".join(columns) + "\n").encode())
 
@@ -73,7 +78,9 @@ class Recorder:
             _keep_rounds(self.folder / name, column, state.round)
         self._written_version = saved["version"]
         self._began -= saved["wall_s"]
-        return self.store.load(saved["version"]), state
+        chain = self.store.load(saved["version"])
+        self.digest = chain.digest
+        return chain, state
 
     def replica(self) -> Chain:
         """Return a copy of the chain as a client's disk would hold it: the closed links, merged."""
@@ -86,7 +93,7 @@ class Recorder:
         """Write a round: its link, its rows, and last the state that makes it count."""
         if chain.version > self._written_version:
             self.store.append(chain)
-            self._written_version = chain.version
+            self._written_version, self.digest = chain.version, chain.digest
             if self._snapshot_every and chain.open is None and chain.num_links % self._snapshot_every == 0:
                 self.store.snapshot(chain)
         _append(self.folder / "ledger.csv", pd.DataFrame([astuple(item) for item in report.rows]))

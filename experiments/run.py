@@ -96,7 +96,7 @@ class _Run:
 
     def summary(self, status: str) -> dict[str, Any]:
         """Write `summary.json` from the rounds on disk, and return it."""
-        digests = {"chain_digest": self.strategy.chain.digest, "split_digest": self.problem.split.digest}
+        digests = {"chain_digest": self.recorder.digest, "split_digest": self.problem.split.digest}
         return write_summary(self.recorder, self.settings, {"status": status, **digests})
 
 

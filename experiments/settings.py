@@ -94,5 +94,6 @@ class CompareSettings(Settings):
     # A learning-rate grid for all methods ([0.1, 0.3]) or by method; it is extended until the best is interior.
     tune: Any = None
     tune_seeds: int = 1
-    # Where the grid is extended at most to, in steps on either side.
+    # How often the grid may be extended at either end, and how often it is made finer around its best value.
     tune_extensions: int = 6
+    tune_refinements: int = 0

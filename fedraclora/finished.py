@@ -1,6 +1,6 @@
 """A finished run from Python: its model at any version, and predictions with it.
 
-run = fedraclora.load_run("runs/demo/rac_lora/seed_0")
+run = load_run("runs/demo/rac_lora/seed_0")
 labels = run.predict(images).argmax(1)
 before = run.model(version=0)
 """

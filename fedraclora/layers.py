@@ -104,7 +104,7 @@ class CohortConv2d(CohortLayer):
     def __init__(self, original: nn.Conv2d) -> None:
         super().__init__(original)
         if original.padding_mode != "zeros":
-            raise ValueError(f"a convolution with padding_mode={original.padding_mode!r} has no cohort form; use 'zeros'")
+            raise ValueError(f"padding_mode={original.padding_mode!r} has no cohort form; use 'zeros'")
         self.stride, self.padding, self.dilation = original.stride, original.padding, original.dilation
         self.groups = original.groups
 

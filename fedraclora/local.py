@@ -127,7 +127,9 @@ def train_cohort(
     """
     batches = [local_batches(client.indices, client.seed, config) for client in clients]
     by_steps = sorted(range(len(clients)), key=lambda position: (-len(batches[position][1]), position))
-    size = _clients_per_chunk(trainer, start, config, max((b[0].shape[1] for b in batches), default=1))
+    limit = _clients_per_chunk(trainer, start, config, max((b[0].shape[1] for b in batches), default=1))
+    num_chunks = max(1, ceil(len(clients) / limit))
+    size = max(1, ceil(len(clients) / num_chunks))  # even chunks: a small last one would pay a whole chunk's overhead
     for first in range(0, len(by_steps), size):
         positions = by_steps[first : first + size]
         chunk = _Chunk.assemble(trainer, [batches[position] for position in positions])

@@ -24,6 +24,7 @@ from strategies.method import ClientUpdate, Method, Updates
 from strategies.replies import BadReply, Expected, Reply, expected_shapes, read_reply
 from strategies.rounds import QUERY_PARTITION, RoundReport, RoundSettings, ledger_rows, sample_cohort
 from strategies.state import BudgetTooSmall, ServerState, exceeded
+from strategies.wire import content_bytes
 
 log = logging.getLogger("fedraclora")
 
@@ -117,18 +118,19 @@ class ChainStrategy(Strategy):
         cohort = sample_cohort(self.settings.seed, server_round, self.settings)
         plan = self._plan(server_round)
         self._expected = self._expect(plan)
-        contents: dict[tuple[int, int], RecordDict] = {}
+        contents: dict[tuple[int, int], tuple[RecordDict, dict[str, int]]] = {}
         messages, self._rows, self._sent = [], [], {}
         for partition in cohort:
             held = self.state.held.get(partition, 0)
             start = self.state.last_used.get(partition, NO_STATE) if plan.moments != "reset" else NO_STATE
             if (held, start) not in contents:
-                contents[held, start] = self._content(plan, held, start)
+                shared = self._content(plan, held, start)
+                contents[held, start] = shared, content_bytes(shared)
             if partition in self._nodes:
-                node = self._nodes[partition]
-                message = Message(contents[held, start], node, MessageType.TRAIN, group_id=str(server_round))
+                content, size = contents[held, start]
+                message = Message(content, self._nodes[partition], MessageType.TRAIN, group_id=str(server_round))
                 messages.append(message)
-                self._rows += ledger_rows(message, server_round, DOWN, partition)
+                self._rows += ledger_rows(message, server_round, DOWN, partition, content=size)
                 self._sent[partition] = self.chain.num_links
         down = dict.fromkeys(self._sent, 0)
         for row in self._rows:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from fedraclora.chain import Weights
 from fedraclora.layers import MatrixShape
 from fedraclora.link import Link, Term
+from fedraclora.plan import MOMENTS
 from fedraclora.plugins import nearest
 from strategies.method import Adapter, Trained, Updates, mean_update, move_from_start, replace_trained
 
@@ -79,6 +80,8 @@ def build(config: Config, adapter: Adapter) -> RacLora:
             f"method.rounds_per_link={config.rounds_per_link} must not be negative and "
             f"method.server_lr={config.server_lr} must be positive"
         )
+    if config.moments not in MOMENTS:
+        raise ValueError(f"method.moments={config.moments!r} is unknown; {nearest(config.moments, MOMENTS)}")
     sides = {layer: _side(config.side, shape) for layer, shape in adapter.shapes.items()}
     return RacLora(config, adapter, sides)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from flwr.app import Message
 from torch import Tensor
@@ -62,7 +63,7 @@ def read_reply(message: Message, expected: Expected) -> Reply:
     if num_examples < 1:
         raise BadReply(f"it states num-examples={num_examples}, expected at least 1")
     tensors = _read_tensors(message, expected)
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+    if not all(np.isfinite(tensor.numpy()).all() for tensor in tensors.values()):
         raise BadReply("its tensors hold NaN or infinity", is_divergence=True)
     if not abs(train_loss) < float("inf"):
         raise BadReply(f"its training loss is {train_loss}", is_divergence=True)

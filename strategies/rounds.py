@@ -1,5 +1,6 @@
 """A round's rules and its record: who takes part, when a round counts, what it cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,9 +73,14 @@ def sample_cohort(seed: int, round: int, settings: RoundSettings) -> list[int]:
     return sorted(int(partition) for partition in chosen)
 
 
-def ledger_rows(message: Message, round: int, direction: str, partition: int) -> list[LedgerRow]:
-    """Return the ledger rows of one message: one for each array record, named by kind, and one for all the rest."""
-    parts = record_bytes(message)
+def ledger_rows(
+    message: Message, round: int, direction: str, partition: int, *, content: Mapping[str, int] | None = None
+) -> list[LedgerRow]:
+    """Return the ledger rows of one message: one for each array record, named by kind, and one for all the rest.
+
+    `content` is the `content_bytes` of its content, which messages with the same content need not count again.
+    """
+    parts = record_bytes(message, content=content)
     rest = "metrics" if direction == UP else "control"
     if message.metadata.message_type == QUERY_PARTITION:
         rest = "setup"

@@ -26,6 +26,8 @@ class Budget:
 class ServerState:
     """The server's memory after `round` rounds; with the chain it is all that a run needs to go on.
 
+    The handshake is round 0, and -1 says that not even that has been.
+
     By partition: `held` counts the closed links that a client is known to hold, `last_used` is the last round whose
     reply was used (where its state starts from), `spent` its tensor bytes so far.
     """

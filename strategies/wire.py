@@ -10,9 +10,10 @@ size with the real serialisation.
 """
 
 import json
+from collections.abc import Mapping
 from math import ceil
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
 from flwr.common.serde import message_to_proto
@@ -24,10 +25,11 @@ Record = ArrayRecord | ConfigRecord | MetricRecord
 Size = tuple[int, int]
 
 
-def record_bytes(message: Message) -> dict[str, int]:
+def record_bytes(message: Message, *, content: Mapping[str, int] | None = None) -> dict[str, int]:
     """Return the serialised bytes of a message: by array record, and under `""` for all that is not an array record.
 
-    The sum over the parts is the size of the whole message.
+    The sum over the parts is the size of the whole message. `content` is the `content_bytes` of its content, where known
+    from another message with the same one.
     """
     bare = remove_content_from_message(message)
     envelope = _envelope(bare)
@@ -35,12 +37,19 @@ def record_bytes(message: Message) -> dict[str, int]:
     own = len(bare.deflate())
     if not message.has_content():
         return {"": own + envelope + _TREE_ID_BYTES}
-    sizes = {name: _record(record) for name, record in message.content.items()}
-    content = _object("RecordDict", len(sizes), len(json.dumps(dict.fromkeys(sizes, _ID))))
+    parts = dict(content or content_bytes(message.content))
+    parts[""] += own + envelope
+    return parts
+
+
+def content_bytes(content: RecordDict) -> dict[str, int]:
+    """Return the serialised bytes of a message's content alone, by array record and under `""` for the rest."""
+    sizes = {name: _record(record) for name, record in content.items()}
+    own = _object("RecordDict", len(sizes), len(json.dumps(dict.fromkeys(sizes, _ID))))
     tree = _tree([_tree([tree for _, tree in sizes.values()])])
-    parts = {name: size for name, (size, _) in sizes.items() if name in message.content.array_records}
+    parts = {name: sizes[name][0] for name, record in content.items() if isinstance(record, ArrayRecord)}
     rest = sum(size for name, (size, _) in sizes.items() if name not in parts)
-    return {**parts, "": own + content + rest + envelope + tree}
+    return {**parts, "": own + rest + tree}
 
 
 def _envelope(bare: Message) -> int:

@@ -1,4 +1,4 @@
-"""What several tests build: settings of a tiny federation, the federation itself, and a grid that remembers its messages."""
+"""What several tests build: settings of a tiny run, the federation of such settings, and grids that watch or meddle."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -165,8 +165,7 @@ def edit_array(reply: Message, change, kind: str | None = None) -> Message:
 
 def error_reply(reply: Message) -> Message:
     """Return the reply that Flower makes where a client's program raised."""
-    other = Message(Error(2, "the client's program raised"), reply_to=_question(reply))
-    return other
+    return Message(Error(2, "the client's program raised"), reply_to=_question(reply))
 
 
 def _question(reply: Message) -> Message:
@@ -181,13 +180,17 @@ def same_weights(first: Weights, second: Weights) -> bool:
 
 
 def serialised_size(message: Message) -> int:
-    """Return a message's bytes by Flower's own serialisation: every object of it, its envelope, and the tree of its names."""
+    """Return a message's bytes by Flower's own serialisation: its objects, its envelope, and the tree of names."""
     from flwr.app.message.message import remove_content_from_message
     from flwr.common.serde import message_to_proto  # noqa: TID251 - the reference that the project's count is held to
     from flwr.supercore.inflatable.inflatable_object import get_object_tree  # noqa: TID251 - likewise
 
     objects = sum(len(item.deflate()) for item in _nested(message))
-    return objects + message_to_proto(remove_content_from_message(message)).ByteSize() + get_object_tree(message).ByteSize()
+    return (
+        objects
+        + message_to_proto(remove_content_from_message(message)).ByteSize()
+        + get_object_tree(message).ByteSize()
+    )
 
 
 def _nested(item: Any) -> Iterator[Any]:

@@ -89,7 +89,7 @@ def test_transported_moments_stand_for_the_nearest_direction_in_weight_space():
 
 @pytest.mark.parametrize("mode", ["carry", "transport"])
 def test_the_candidate_of_a_reply_that_was_not_used_is_not_started_from(mode):
-    """Round 2 of client 1 is refused. In round 3 it starts from round 1: from the state that an unspoiled round 1 left."""
+    """Round 2 of client 1 is refused, so in round 3 it starts from the state that round 1 left."""
     parts = federation(with_moments(mode, rounds=3), fault=refuse(partition=1, round=2))
     parts.run()
     starts = {

@@ -52,7 +52,7 @@ def test_the_trained_part_starts_at_zero_and_the_model_as_the_server_has_it(part
 
 def test_training_moves_and_differentiates_nothing_but_the_trained_part(parts):
     trainer, start = parts.replica.prepare(plan(parts))
-    frozen = [tensor for tensor in trainer.model.module.state_dict().values()]
+    frozen = list(trainer.model.module.state_dict().values())
     sketches = [layer.lora_a for layer in trainer.model._layers.values()]
     copies = [tensor.clone() for tensor in [*frozen, *sketches, *start.values()]]
     rows = parts.problem.split.indices[0]

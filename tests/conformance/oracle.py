@@ -1,6 +1,7 @@
-"""Federated low-rank training in plain NumPy, for a ReLU perceptron without trained biases: what the project must agree with.
+"""Federated low-rank training of a ReLU perceptron in plain NumPy: what the project must agree with.
 
-It shares no code with the project. Three things are handed to it: the drawn factors, the cohorts, and each client's batches.
+It shares no code with the project. Three things are handed to it: the drawn factors, the cohorts, and the batches.
+Biases train only where all weights do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ Draw = Callable[[int, int, str], Matrix]
 
 @dataclass
 class Run:
-    """One run: `parts` are the factors that train (b, a, ab, or full); a link closes after `length` rounds (0: never)."""
+    """One run: `parts` names the factors that train (b, a, ab, or full); links close after `length` rounds (0: never)."""
 
     weights: list[Matrix]
     biases: list[Matrix]

@@ -1,4 +1,4 @@
-"""What the theory says exactly, checked through the whole stack (mathematics: closed forms of a link, and their means)."""
+"""What the theory says exactly, checked through the whole stack: closed forms of a link, and their means."""
 
 from itertools import pairwise
 
@@ -69,7 +69,9 @@ def test_full_rank_on_the_side_of_the_outputs_is_full_fine_tuning_too():
 @pytest.mark.parametrize("alpha", [2.0, 3.0])
 def test_one_step_a_link_is_a_projected_gradient_step(side, alpha):
     """C2: W+ = W - lr (alpha / r)^2 G H_A (or H_B G), with H the projector on the sketch's rows (or columns)."""
-    parts = federation(settings(**QUADRATIC, method=("rac_lora", {"side": side}), rank=2, alpha=alpha, lr=0.3, rounds=4))
+    parts = federation(
+        settings(**QUADRATIC, method=("rac_lora", {"side": side}), rank=2, alpha=alpha, lr=0.3, rounds=4)
+    )
     before = weight_of(parts)
     for report in parts.iterate():
         if not report.is_updated:
@@ -147,12 +149,14 @@ def test_a_new_link_changes_no_bit_of_the_model():
 
 
 def test_the_mean_of_the_clients_products_is_the_product_of_their_mean():
-    """C7 through the stack: merged once, the model is the weighted mean of the models that each client alone would give."""
+    """C7 through the stack: the merged model is the weighted mean of the models that each client alone would give."""
     parts = federation(settings(dtype="float64", rounds=1, fraction=1.0))
     base = {name: tensor.clone() for name, tensor in parts.chain.weights().items()}
     parts.run()
     link = parts.chain.links[0]
-    replies = {part: message for way, part, message in parts.grid.seen if way == "up" and message.metadata.group_id == "1"}
+    replies = {
+        part: message for way, part, message in parts.grid.seen if way == "up" and message.metadata.group_id == "1"
+    }
     sizes = {part: len(rows) for part, rows in enumerate(parts.problem.split.indices)}
     shapes = [tuple(term.lora_b.shape) for term in link.terms]
     for place, term in enumerate(link.terms):

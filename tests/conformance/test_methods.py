@@ -20,7 +20,7 @@ from tests.helpers import (
     settings,
 )
 
-# What the default settings of the methods leave out: state of the optimiser, other links and sides, heads trained in full.
+# What the methods' own defaults leave out: the optimiser's state, other links and sides, heads trained in full.
 VARIANTS = [
     {"method": ("rac_lora", {"side": "a", "rounds_per_link": 2})},
     {"method": ("rac_lora", {"side": "auto", "moments": "carry"}), "momentum": 0.9, "proximal": 0.1},
@@ -162,7 +162,9 @@ def test_the_ledger_equals_an_independent_count_of_the_messages(case):
             expected.append((*key, kind, sum(a.size for a in arrays), sum(a.nbytes for a in arrays)))
         assert all(row.tensor_bytes <= row.record_bytes for row in mine)
     with_arrays = [row for row in rows if row.tensor_bytes]
-    found = [(row.round, row.direction, row.partition, row.kind, row.parameters, row.tensor_bytes) for row in with_arrays]
+    found = [
+        (row.round, row.direction, row.partition, row.kind, row.parameters, row.tensor_bytes) for row in with_arrays
+    ]
     assert sorted(found) == sorted(expected)
     assert parts.strategy.state.traffic.total_bytes == sum(item[-1] for item in expected)
     assert parts.strategy.state.traffic.uplink_bytes == sum(item[-1] for item in expected if item[1] == "up")
@@ -170,7 +172,7 @@ def test_the_ledger_equals_an_independent_count_of_the_messages(case):
 
 @every_case
 def test_the_frozen_part_of_the_model_does_not_move(case):
-    """What neither a factor nor the plan's dense tensors name keeps its bits, in the server's model and in the clients'."""
+    """What neither a factor nor the plan's dense tensors name keeps its bits."""
     parts = run_here(settings(**case))
     trained = parts.problem.method.trains(1)
     moved = {f"{layer}.weight" for layer in trained.factors} | set(trained.dense)
@@ -181,7 +183,7 @@ def test_the_frozen_part_of_the_model_does_not_move(case):
 
 @every_case
 def test_clients_state_the_version_that_the_server_had_before_the_round(case):
-    parts = federation(settings(**case))
+    parts, before = federation(settings(**case)), ""
     for report in parts.iterate():
         replies = [message for direction, _, message in parts.grid.seen if direction == "up"][-report.num_ok :]
         if report.round:

@@ -19,17 +19,16 @@ from tests.helpers import METHODS, Silent, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 20
-CARRY = {"method": ("rac_lora", {"moments": "carry"}), "momentum": 0.9}
-RAC = {"method": "rac_lora"}
+CASES = {"rac": {"method": "rac_lora"}, "carry": {"method": ("rac_lora", {"moments": "carry"}), "momentum": 0.9}}
 
 
-def chosen(out, case, **more):
-    return settings(**{**case, "rounds": ROUNDS, "out": str(out), "snapshot_every": 4, **more})
+def chosen(out, name, **more):
+    return settings(**{**CASES[name], "rounds": ROUNDS, "out": str(out), "snapshot_every": 4, **more})
 
 
-def run_in_child(out, case):
+def run_in_child(out, name):
     """What the child process does; it is killed in the middle."""
-    run(chosen(out, case, resume=True), Silent())
+    run(chosen(out, name, resume=True), Silent())
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +41,13 @@ def processes():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Return the folder of the run of a case that nobody disturbed."""
+    """Return what gives the folder of a case's run that nobody disturbed."""
     folders = {}
 
-    def get(name, case):
+    def get(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp("whole") / name
-            run(chosen(folders[name], case), Silent())
+            run(chosen(folders[name], name), Silent())
         return folders[name]
 
     return get
@@ -82,38 +81,39 @@ def assert_same_run(found, expected):
     assert not list(found.rglob("*.tmp")), "drafts of the killed process stay behind"
 
 
-def interrupt_and_resume(processes, folder, case, moment):
+def interrupt_and_resume(processes, folder, name, moment):
     generator = random.Random(moment)
-    process = processes.Process(target=run_in_child, args=(folder, case))
+    process = processes.Process(target=run_in_child, args=(folder, name))
     process.start()
     was_alive = kill_after(process, folder, generator.randint(-1, ROUNDS - 2), generator.uniform(0, 0.04))
-    run(chosen(folder, case, resume=True), Silent())
+    run(chosen(folder, name, resume=True), Silent())
     return was_alive
 
 
-@pytest.mark.parametrize(("name", "case", "moment"), [("rac", RAC, 1), ("carry", CARRY, 2)])
-def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(tmp_path, processes, whole, name, case, moment):
-    assert interrupt_and_resume(processes, tmp_path / "run", case, moment), "it was over before the kill"
-    assert_same_run(tmp_path / "run", whole(name, case))
+@pytest.mark.parametrize(("name", "moment"), [("rac", 1), ("carry", 2)])
+def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_happened(tmp_path, processes, whole, name, moment):
+    assert interrupt_and_resume(processes, tmp_path / "run", name, moment), "it was over before the kill"
+    assert_same_run(tmp_path / "run", whole(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(100, 110))
-@pytest.mark.parametrize(("name", "case"), [("rac", RAC), ("carry", CARRY)])
-def test_at_any_moment(tmp_path, processes, whole, name, case, moment):
-    interrupt_and_resume(processes, tmp_path / "run", case, moment)
-    assert_same_run(tmp_path / "run", whole(name, case))
+@pytest.mark.parametrize("name", CASES)
+def test_at_any_moment(tmp_path, processes, whole, name, moment):
+    interrupt_and_resume(processes, tmp_path / "run", name, moment)
+    assert_same_run(tmp_path / "run", whole(name))
 
 
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path, processes, whole):
+    folder = tmp_path / "run"
     for moment in range(200, 205):
         generator = random.Random(moment)
-        process = processes.Process(target=run_in_child, args=(tmp_path / "run", CARRY))
+        process = processes.Process(target=run_in_child, args=(folder, "carry"))
         process.start()
-        kill_after(process, tmp_path / "run", num_rows(tmp_path / "run") + generator.randint(1, 3), generator.uniform(0, 0.03))
-    run(chosen(tmp_path / "run", CARRY, resume=True), Silent())
-    assert_same_run(tmp_path / "run", whole("carry", CARRY))
+        kill_after(process, folder, num_rows(folder) + generator.randint(1, 3), generator.uniform(0, 0.03))
+    run(chosen(folder, "carry", resume=True), Silent())
+    assert_same_run(folder, whole("carry"))
 
 
 class Stop(Silent):

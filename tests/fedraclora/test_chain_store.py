@@ -32,7 +32,9 @@ def _terms(index: int, version: int) -> tuple[Term, ...]:
 
 
 def _start() -> Chain:
-    return Chain.start({"fc1.weight": _numbers(1, OUT, IN), "fc1.bias": _numbers(2, OUT), "fc2.weight": _numbers(3, 2, 2)})
+    return Chain.start(
+        {"fc1.weight": _numbers(1, OUT, IN), "fc1.bias": _numbers(2, OUT), "fc2.weight": _numbers(3, 2, 2)}
+    )
 
 
 def _advance(chain: Chain, *, shift: int = 0) -> None:
@@ -169,8 +171,12 @@ def test_a_damaged_number_is_refused_by_the_files_name(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", ["base", "version_000002", "version_000003", "snapshot_000001"])
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-3])], ids=["missing", "cut"])
-def test_a_missing_or_cut_file_is_refused_by_its_name(tmp_path: Path, name: str, damage: Callable[[Path], object]) -> None:
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-3])], ids=["missing", "cut"]
+)
+def test_a_missing_or_cut_file_is_refused_by_its_name(
+    tmp_path: Path, name: str, damage: Callable[[Path], object]
+) -> None:
     _written(tmp_path, rounds=3, snapshots=(2,))
     path = tmp_path / f"{name}.safetensors"
     damage(path)
@@ -208,7 +214,9 @@ def test_an_index_of_another_format_is_refused(tmp_path: Path) -> None:
         ChainStore(tmp_path).load()
 
 
-@pytest.mark.parametrize("content", [None, "", "[", "[]", '{"format": 1}', '{"format": 1, "versions": [{}], "snapshots": []}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "[", "[]", '{"format": 1}', '{"format": 1, "versions": [{}], "snapshots": []}']
+)
 def test_a_missing_or_damaged_index_is_refused_by_its_name(tmp_path: Path, content: str | None) -> None:
     _written(tmp_path, rounds=1)
     path = tmp_path / "index.json"

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from fedraclora import sketch
 from fedraclora.chain import Chain, equal_weights
-from fedraclora.delivery import CATCH_UP, DENSE, SNAPSHOT, UPDATE, Delivery, VersionMismatch, deliver, receive, sketch_digest
+from fedraclora.delivery import (
+    CATCH_UP,
+    DENSE,
+    SNAPSHOT,
+    UPDATE,
+    Delivery,
+    VersionMismatch,
+    deliver,
+    receive,
+    sketch_digest,
+)
 from fedraclora.link import Dense, Link, LowRank, Set, Term, Zero
 from fedraclora.sketch import SketchKey
 
@@ -28,7 +38,9 @@ def _numbers(seed: int, *shape: int) -> Tensor:
 
 
 def _start() -> Chain:
-    return Chain.start({"fc1.weight": _numbers(0, OUT, IN), "head.bias": _numbers(1, HEAD), "norm.weight": _numbers(2, HEAD)})
+    return Chain.start(
+        {"fc1.weight": _numbers(0, OUT, IN), "head.bias": _numbers(1, HEAD), "norm.weight": _numbers(2, HEAD)}
+    )
 
 
 def _low_rank(index: int, lora_b: Tensor | Zero) -> LowRank:
@@ -111,7 +123,10 @@ def test_dense_differences_and_explicit_factors_arrive_too() -> None:
     server, replica = _start(), _start()
     for index in range(3):
         server.open_link(Link(index, ()))
-        terms = [LowRank("fc1", 2.0, _numbers(index, 1, IN), _numbers(index + 9, OUT, 1)), Dense("norm.weight", torch.ones(HEAD))]
+        terms: list[Term] = [
+            LowRank("fc1", 2.0, _numbers(index, 1, IN), _numbers(index + 9, OUT, 1)),
+            Dense("norm.weight", torch.ones(HEAD)),
+        ]
         server.update(terms, close=True)
     receive(replica, deliver(server, 0))
     _assert_same(replica, server)
@@ -203,6 +218,15 @@ def test_the_cheaper_of_replay_and_snapshot_is_sent(num_links: int, num_held: in
         assert found == {SNAPSHOT: SNAPSHOT_BYTES}
 
 
+def test_a_client_of_the_last_round_gets_the_update_even_where_a_snapshot_would_be_smaller() -> None:
+    server = _start()
+    server.open_link(Link(0, ()))
+    server.update([LowRank("fc1", 1.0, _numbers(0, IN, IN), _numbers(1, OUT, IN))], close=True)
+    assert _num_bytes(deliver(server, 0)) == {UPDATE: FLOAT_BYTES * IN * (IN + OUT)}
+    _advance(server)
+    assert _num_bytes(deliver(server, 0)) == {SNAPSHOT: SNAPSHOT_BYTES}
+
+
 def test_a_snapshot_comes_with_the_open_link_and_only_changed_tensors() -> None:
     server = _grown(IN, dense=["head.bias"])
     _advance(server, close=False)
@@ -230,7 +254,10 @@ def test_seeds_and_zeros_cost_no_tensor_bytes() -> None:
     server = _start()
     _open(server)
     assert deliver(server, 0).arrays == {}
-    server.update([LowRank("fc1", 1.0, SketchKey("raw", 1, 0, "fc1", "b", 1, IN), SketchKey("raw", 1, 0, "fc1", "a", 1, OUT))], close=True)
+    server.update(
+        [LowRank("fc1", 1.0, SketchKey("raw", 1, 0, "fc1", "b", 1, IN), SketchKey("raw", 1, 0, "fc1", "a", 1, OUT))],
+        close=True,
+    )
     delivery = deliver(server, 0)
     assert delivery.num_bytes == 0
     replica = _start()

@@ -1,6 +1,7 @@
 """Tests of fedraclora.files."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,19 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == [path]
 
 
+def _noting(name: str, function: Callable[..., object], calls: list[str]) -> Callable[..., object]:
+    def noted(*arguments: object) -> object:
+        calls.append(name)
+        return function(*arguments)
+
+    return noted
+
+
 def test_content_is_on_the_disk_before_it_takes_the_files_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (calls.append("fsync"), fsync(number)))
-    monkeypatch.setattr(Path, "replace", lambda self, target: (calls.append("replace"), replace(self, target)))
+    monkeypatch.setattr(os, "fsync", _noting("fsync", fsync, calls))
+    monkeypatch.setattr(Path, "replace", _noting("replace", replace, calls))
     write_atomically(tmp_path / "file", b"content")
     assert calls == ["fsync", "replace"]
 

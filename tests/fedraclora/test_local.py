@@ -20,7 +20,7 @@ from fedraclora.tasks import row_loss
 SCALE = 0.7
 RANK = 2
 FACTOR_NAMES = {"b": ("lora_b",), "a": ("lora_a",), "ab": ("lora_a", "lora_b")}
-# AdamW divides by a root that may be as small as its epsilon 1e-8, which magnifies the rounding errors of tiny gradients.
+# AdamW divides by a root that may be as small as its epsilon 1e-8: it magnifies the rounding errors of tiny gradients.
 TOLERANCES = {"sgd": 1e-12, "adamw": 1e-11}
 Tensors = dict[str, Tensor]
 
@@ -43,8 +43,12 @@ class Problem:
     def __init__(self, seed: int, sizes: Sequence[int], side: str = "b") -> None:
         self.plain = _model(seed)
         self.factors = self._factors(seed)
-        self.trained = [f"{layer}.{name}" for layer in ("0", "3") for name in FACTOR_NAMES[side]] + ["2.weight", "3.bias"]
-        self.start = {key: self.factors.get(key, self.plain.state_dict().get(key)) for key in self.trained}
+        self.trained = [f"{layer}.{name}" for layer in ("0", "3") for name in FACTOR_NAMES[side]] + [
+            "2.weight",
+            "3.bias",
+        ]
+        known = self.plain.state_dict() | self.factors
+        self.start: Tensors = {key: known[key] for key in self.trained}
         self.frozen = {key: factor for key, factor in self.factors.items() if key not in self.start}
         targets = torch.randint(0, 3, (sum(sizes),), generator=torch.Generator().manual_seed(seed))
         self.examples = Examples(_numbers(seed + 50, sum(sizes), 5), targets)
@@ -63,7 +67,9 @@ class Problem:
             factors[f"{layer}.lora_b"] = _numbers(seed + 70 + place, shape.out, RANK)
         return factors
 
-    def trainer(self, *, dtype: torch.dtype = torch.float64, chunk_bytes: int = 2**26, chunk_clients: int = 0) -> Trainer:
+    def trainer(
+        self, *, dtype: torch.dtype = torch.float64, chunk_bytes: int = 2**26, chunk_clients: int = 0
+    ) -> Trainer:
         cohort = CohortModel(self.plain.to(dtype), low_rank=["0", "3"], dense=["2.weight", "3.bias"])
         cohort.set_scales({"0": SCALE, "3": SCALE})
         cohort.bind({key: factor.to(dtype) for key, factor in self.frozen.items()}, num_clients=1)
@@ -74,7 +80,9 @@ class Problem:
         """Return the results in the order of the clients."""
         return self.train_clients(self.clients, config, **options)
 
-    def train_clients(self, clients: Sequence[LocalClient], config: LocalConfig, **options: object) -> list[LocalResult]:
+    def train_clients(
+        self, clients: Sequence[LocalClient], config: LocalConfig, **options: object
+    ) -> list[LocalResult]:
         trainer = self.trainer(**options)  # type: ignore[arg-type]
         start = {key: tensor.to(trainer.examples.inputs) for key, tensor in self.start.items()}
         results = list(train_cohort(trainer, start, clients, config))
@@ -84,16 +92,18 @@ class Problem:
         """Return a client's tensors and mean loss by a plain loop: deepcopy, its own merge, torch.optim."""
         model, start = copy.deepcopy(self.plain), self.start
         leaves = {key: tensor.detach().clone().requires_grad_() for key, tensor in start.items()}
-        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.SGD
-        options = {} if config.optimizer == "adamw" else {"momentum": config.momentum}
-        optimizer = kind(leaves.values(), lr=config.lr, weight_decay=config.weight_decay, **options)
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(leaves.values(), config.lr, weight_decay=config.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(leaves.values(), config.lr, config.momentum, weight_decay=config.weight_decay)
         losses = []
         for rows, size in zip(*local_batches(client.indices, client.seed, config), strict=True):
             batch = self.examples.select(rows[:size])
             outputs = torch.func.functional_call(model, self._merged(leaves), (batch.inputs,))
             loss = nn.functional.cross_entropy(outputs, batch.targets)
             losses.append(loss.item())
-            distance = sum((leaf - start[key]).square().sum() for key, leaf in leaves.items())
+            distance = torch.stack([(leaf - start[key]).square().sum() for key, leaf in leaves.items()]).sum()
             optimizer.zero_grad()
             (loss + 0.5 * config.proximal * distance).backward()
             if config.clip_norm:
@@ -106,7 +116,9 @@ class Problem:
         weights |= {key: leaf for key, leaf in leaves.items() if ".lora_" not in key}
         factors = self.factors | leaves
         for layer in ("0", "3"):
-            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + SCALE * factors[f"{layer}.lora_b"] @ factors[f"{layer}.lora_a"]
+            weights[f"{layer}.weight"] = (
+                weights[f"{layer}.weight"] + SCALE * factors[f"{layer}.lora_b"] @ factors[f"{layer}.lora_a"]
+            )
         return weights
 
 
@@ -171,7 +183,9 @@ def test_a_plain_loop_over_torch_modules_and_optimisers_gives_the_same(
 
 
 @settings(max_examples=25)
-@given(config=configs, sizes=sizes_of_clients, chunk_clients=st.integers(1, 5), chunk_bytes=st.sampled_from([1, 20_000]))
+@given(
+    config=configs, sizes=sizes_of_clients, chunk_clients=st.integers(1, 5), chunk_bytes=st.sampled_from([1, 20_000])
+)
 def test_results_do_not_depend_on_the_chunks(
     config: LocalConfig, sizes: list[int], chunk_clients: int, chunk_bytes: int
 ) -> None:
@@ -290,7 +304,11 @@ def _largest_chunk(chunk_bytes: int, *, width: int = 4, chunk_clients: int = 0) 
     cohort = CohortModel(model, low_rank=[], dense=["inner.3.bias"])
     clients = [LocalClient(np.arange(width * place, width * (place + 1)), place) for place in range(40)]
     trainer = Trainer(cohort, examples, row_loss("classification"), chunk_bytes, chunk_clients)
-    list(train_cohort(trainer, {"inner.3.bias": torch.zeros(3).double()}, clients, LocalConfig(steps=1, batch_size=width)))
+    list(
+        train_cohort(
+            trainer, {"inner.3.bias": torch.zeros(3).double()}, clients, LocalConfig(steps=1, batch_size=width)
+        )
+    )
     assert isinstance(cohort.module, _Counting)
     return max(cohort.module.num_rows) // width
 

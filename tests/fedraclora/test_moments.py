@@ -38,7 +38,11 @@ def _transported(moment: Tensor, old: Link, new: Link, side: str) -> Tensor:
 
 
 @settings(max_examples=40)
-@given(seed=st.integers(0, 999), rank=st.integers(1, 5), law=st.sampled_from(["gaussian", "orthonormal", "raw", "rademacher"]))
+@given(
+    seed=st.integers(0, 999),
+    rank=st.integers(1, 5),
+    law=st.sampled_from(["gaussian", "orthonormal", "raw", "rademacher"]),
+)
 def test_a_moment_of_b_becomes_the_nearest_one_that_the_new_rows_hold(seed: int, rank: int, law: str) -> None:
     """`m A_old A_new^T (A_new A_new^T)^+` solves min over m' of |m' A_new - m A_old|, here by least squares."""
     old, new = _link(seed, "b", rank, law=law), _link(seed + 1, "b", rank, law=law)
@@ -95,7 +99,9 @@ def test_carry_leaves_moments_as_they_are() -> None:
 
 
 def test_transport_leaves_dense_tensors_and_the_step_count_alone() -> None:
-    moments = Moments({"fc1.lora_b": _numbers(0, OUT, 2), "fc1.bias": _numbers(1, OUT), "head.weight": _numbers(2, 3, 3)}, 4)
+    moments = Moments(
+        {"fc1.lora_b": _numbers(0, OUT, 2), "fc1.bias": _numbers(1, OUT), "head.weight": _numbers(2, 3, 3)}, 4
+    )
     moved = carry_over(moments, _link(3, "b"), _link(4, "b"), mode="transport")
     assert moved.num_steps == 4
     assert list(moved.tensors) == list(moments.tensors)

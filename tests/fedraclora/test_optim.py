@@ -134,7 +134,7 @@ def test_clipping_leaves_a_client_with_a_small_gradient_unchanged_beside_a_large
     ],
 )
 def test_carried_moments_continue_where_they_stopped(config: LocalConfig, tolerance: float) -> None:
-    """Momentum continues exactly. For AdamW the first moment and its bias correction continue, the second starts anew."""
+    """For AdamW the first moment and its bias correction continue, the second moment starts anew."""
     first = CohortOptimizer(config, _start(), [None])
     for step in range(3):
         first.live_leaves(1)
@@ -165,7 +165,7 @@ def test_carried_moments_continue_where_they_stopped(config: LocalConfig, tolera
 def _adamw_with_new_second_moments(
     config: LocalConfig, optimizer: torch.optim.Optimizer, leaves: dict[str, Tensor], step: int
 ) -> None:
-    """Take AdamW's step by its definition, the first moments' bias corrected for all steps, the second's from step 3 on."""
+    """Take AdamW's step by its definition; the first moments are those of all steps, the second those since step 3."""
     with torch.no_grad():
         for leaf in leaves.values():
             state, gradient = optimizer.state[leaf], leaf.grad
@@ -174,7 +174,7 @@ def _adamw_with_new_second_moments(
             state["exp_avg_sq"] = 0.999 * state["exp_avg_sq"] + 0.001 * gradient**2
             mean = state["exp_avg"] / (1 - 0.9 ** (step + 1))
             spread = (state["exp_avg_sq"] / (1 - 0.999 ** (step - 2))).sqrt()
-            leaf -= config.lr * config.weight_decay * leaf + config.lr * mean / (spread + 1e-8)
+            leaf.sub_(config.lr * config.weight_decay * leaf + config.lr * mean / (spread + 1e-8))
 
 
 def test_a_client_without_moments_starts_at_zero_beside_one_that_carries_some() -> None:

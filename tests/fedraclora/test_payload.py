@@ -21,7 +21,9 @@ def test_tensors_survive_the_trip_bit_for_bit(shapes: list[tuple[int, ...]], dty
     assert flat.nbytes == sum(tensor.nbytes for tensor in tensors)
     found = unflatten(flat, shapes)
     assert [tuple(tensor.shape) for tensor in found] == shapes
-    assert all(torch.equal(tensor, again) and tensor.dtype == again.dtype for tensor, again in zip(tensors, found, strict=True))
+    assert all(
+        torch.equal(tensor, again) and tensor.dtype == again.dtype for tensor, again in zip(tensors, found, strict=True)
+    )
 
 
 def test_numbers_lie_one_tensor_after_the_other_in_row_order() -> None:

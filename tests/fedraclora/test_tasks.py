@@ -35,7 +35,9 @@ class _Noting(nn.Module):
 def test_classification_rows_are_cross_entropies() -> None:
     outputs, targets = _numbers(0, 5, 3), torch.tensor([0, 2, 1, 1, 0])
     expected = [nn.functional.cross_entropy(outputs[row], targets[row]) for row in range(5)]
-    torch.testing.assert_close(row_loss("classification")(outputs, targets), torch.stack(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        row_loss("classification")(outputs, targets), torch.stack(expected), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_regression_rows_are_half_squared_distances() -> None:

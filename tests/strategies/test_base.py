@@ -17,6 +17,7 @@ from strategies.rounds import RoundSettings, sample_cohort
 from strategies.state import Budget, BudgetTooSmall, ServerState
 from tests.helpers import METHODS, RecordingGrid, edit_array, error_reply, federation, same_weights, settings
 
+
 def with_metrics(reply, **changes):
     values = {**dict(reply.content.metric_records["metrics"]), **changes}
     reply.content["metrics"] = MetricRecord({key: value for key, value in values.items() if value is not None})
@@ -123,7 +124,7 @@ def test_all_replies_are_used_and_weighted_by_examples():
     parts = federation(CHOSEN)
     reports = parts.run()
     assert [(report.num_ok, report.num_failed, report.num_missing) for report in reports[1:]] == [(4, 0, 0)] * 3
-    assert_close(parts.chain.weights(), merged_over(parts, dict.fromkeys((1, 2, 3), [0, 1, 2, 3])))
+    assert_close(parts.chain.weights(), merged_over(parts, {round: [0, 1, 2, 3] for round in (1, 2, 3)}))
 
 
 def test_uniform_weighting_counts_every_client_the_same():
@@ -325,7 +326,7 @@ def test_two_seeds_share_no_sequence_of_cohorts():
 
 
 def test_every_client_is_drawn_equally_often():
-    """Counts over 2,000 rounds are binomial(2000, 1/5): mean 400, standard deviation 18, and five of them are allowed."""
+    """Counts over 2,000 rounds are binomial(2000, 1/5): mean 400, standard deviation 18; five of them are allowed."""
     chosen = round_settings(20, 0.2)
     counts = np.bincount([who for round in range(2000) for who in sample_cohort(7, round, chosen)], minlength=20)
     assert (np.abs(counts - 400) < 5 * np.sqrt(2000 * 0.2 * 0.8)).all()
@@ -368,40 +369,49 @@ def test_settings_with_which_no_round_can_be_run_are_refused(changes, words):
 # ---- budgets
 
 
+SPENT = {
+    "budget_mib": lambda state: state.traffic.total_bytes,
+    "uplink_mib": lambda state: state.traffic.uplink_bytes,
+    "per_client_mib": lambda state: max(state.spent.values()),
+}
+
+
 def limits(**own):
-    return settings(rounds=60, **own)
+    return settings(rounds=30, **own)
+
+
+@pytest.fixture(scope="module")
+def free():
+    """Return each round's report of a run without limits, and by limit what was spent by then."""
+    parts = federation(limits())
+    return [(report, {key: spent(parts.strategy.state) for key, spent in SPENT.items()}) for report in parts.iterate()]
 
 
 @pytest.mark.parametrize(
-    ("key", "mib", "spent"),
+    ("key", "mib"),
     [
-        ("budget_mib", 0.011, lambda state: state.traffic.total_bytes),
-        ("budget_mib", 0.02, lambda state: state.traffic.total_bytes),
-        ("uplink_mib", 0.009, lambda state: state.traffic.uplink_bytes),
-        ("per_client_mib", 0.004, lambda state: max(state.spent.values())),
-        ("per_client_mib", 0.009, lambda state: max(state.spent.values())),
+        ("budget_mib", 0.007),
+        ("budget_mib", 0.015),
+        ("uplink_mib", 0.006),
+        ("per_client_mib", 0.003),
+        ("per_client_mib", 0.005),
     ],
 )
-def test_a_run_stops_before_the_round_that_would_exceed_its_budget(key, mib, spent):
-    free = federation(limits())
-    totals = [(report, spent(free.strategy.state)) for report in free.iterate()]
+def test_a_run_stops_before_the_round_that_would_exceed_its_budget(free, key, mib):
     parts = federation(limits(**{key: mib}))
     reports = parts.run()
-    affordable = [report.round for report, total in totals if total <= mib * 2**20]
-    assert 1 < reports[-1].round < 60
+    affordable = [report.round for report, spent in free if spent[key] <= mib * 2**20]
+    assert 1 < reports[-1].round < 30
     assert reports[-1].round == affordable[-1]
-    assert spent(parts.strategy.state) <= mib * 2**20
+    assert SPENT[key](parts.strategy.state) <= mib * 2**20
     assert key in parts.strategy.stop_reason
-    assert [report.traffic for report in reports] == [report.traffic for report, _ in totals[: len(reports)]]
+    assert [report.traffic for report in reports] == [report.traffic for report, _ in free[: len(reports)]]
 
 
-def test_a_budget_that_is_met_exactly_is_not_exceeded():
-    free = federation(limits())
-    total = [free.strategy.state.traffic.total_bytes for _ in free.iterate()][5]
-    parts = federation(limits(budget_mib=total / 2**20))
-    assert parts.run()[-1].round == 5
-    parts = federation(limits(budget_mib=(total - 1) / 2**20))
-    assert parts.run()[-1].round == 4
+def test_a_budget_that_is_met_exactly_is_not_exceeded(free):
+    total = free[5][1]["budget_mib"]
+    assert federation(limits(budget_mib=total / 2**20)).run()[-1].round == 5
+    assert federation(limits(budget_mib=(total - 1) / 2**20)).run()[-1].round == 4
 
 
 @pytest.mark.parametrize("key", ["budget_mib", "uplink_mib", "per_client_mib"])

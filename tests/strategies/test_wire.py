@@ -25,7 +25,8 @@ def sent(message: Message) -> Message:
 def arrays(*sizes):
     rng = np.random.default_rng(0)
     return {
-        f"kind{place}": ArrayRecord({"flat": Array(rng.random(size, dtype=np.float32))}) for place, size in enumerate(sizes)
+        f"kind{place}": ArrayRecord({"flat": Array(rng.random(size, dtype=np.float32))})
+        for place, size in enumerate(sizes)
     }
 
 

@@ -1,0 +1,212 @@
+"""A comparison is paired, resumable, and says what a method could not afford."""
+
+import io
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+import experiments.compare
+from experiments.compare import TUNING_SEED, compare, tune
+from fedraclora.files import read_json
+from fedraclora.finished import load_run
+from strategies.state import BudgetTooSmall
+from tests.helpers import compare_settings
+
+METHODS = ["rac_lora", "full"]
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+def chosen(folder, **changes):
+    return compare_settings(**{"methods": METHODS, "seeds": 2, "out": str(folder), "rounds": 3, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    compare(chosen(folder), quiet())
+    return folder
+
+
+def tables(finished, name):
+    return {(m, s): pd.read_csv(finished / m / f"seed_{s}" / name) for m in METHODS for s in (0, 1)}
+
+
+def test_all_files_of_the_contract_are_there(finished):
+    for name in ("settings.yaml", "comparison.csv", "report.html"):
+        assert (finished / name).stat().st_size > 0
+    for method in METHODS:
+        for seed in (0, 1):
+            folder = finished / method / f"seed_{seed}"
+            for name in ("settings.yaml", "rounds.csv", "ledger.csv", "summary.json", "chain/index.json"):
+                assert (folder / name).stat().st_size > 0
+
+
+def test_methods_share_the_split_the_cohorts_and_the_initial_weights_of_a_seed(finished):
+    summaries = {(m, s): read_json(finished / m / f"seed_{s}" / "summary.json") for m in METHODS for s in (0, 1)}
+    bases = {key: load_run(finished / key[0] / f"seed_{key[1]}").chain(0).hash for key in summaries}
+    ledgers, rounds = tables(finished, "ledger.csv"), tables(finished, "rounds.csv")
+    for seed in (0, 1):
+        assert len({summaries[m, seed]["split_digest"] for m in METHODS}) == 1
+        assert len({bases[m, seed] for m in METHODS}) == 1
+        assert len({rounds[m, seed]["test_loss"].iloc[0] for m in METHODS}) == 1
+        cohorts = [
+            {(r, p) for r, p in zip(ledgers[m, seed]["round"], ledgers[m, seed]["partition"], strict=True)}
+            for m in METHODS
+        ]
+        assert cohorts[0] == cohorts[1]
+    assert summaries["full", 0]["split_digest"] != summaries["full", 1]["split_digest"]
+    assert bases["full", 0] != bases["full", 1]
+
+
+def test_the_table_has_a_row_a_method(finished):
+    table = pd.read_csv(finished / "comparison.csv")
+    assert sorted(table["method"]) == sorted(METHODS)
+    assert (table["num_seeds"] == 2).all()
+
+
+def test_a_finished_comparison_runs_nothing_when_it_is_resumed(finished, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("a finished run was run again")
+
+    monkeypatch.setattr(experiments.compare, "run", never)
+    before = (finished / "comparison.csv").read_bytes()
+    compare(chosen(finished, resume=True), quiet())
+    assert (finished / "comparison.csv").read_bytes() == before
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, tmp_path, monkeypatch):
+    real, calls = experiments.compare.run, []
+
+    def counted(one, watcher):
+        calls.append((one.method.name, one.seed))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(one, watcher)
+
+    monkeypatch.setattr(experiments.compare, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(chosen(tmp_path / "out"), quiet())
+    compare(chosen(tmp_path / "out", resume=True), quiet())
+    assert calls[3:] == [calls[2], ("full", 1)]
+    for method in METHODS:
+        for seed in (0, 1):
+            name = f"{method}/seed_{seed}/summary.json"
+            digests = [read_json(folder / name)["chain_digest"] for folder in (finished, tmp_path / "out")]
+            assert digests[0] == digests[1]
+
+
+def test_a_method_that_affords_no_round_is_shown_and_the_others_go_on(tmp_path):
+    """One round of full costs 3 clients at least 900 floats up; a budget of 0.008 MiB is 2,097 floats."""
+    console = quiet()
+    compare(chosen(tmp_path / "out", budget_mib=0.008, seeds=1), console)
+    assert "full: no round affordable" in console.file.getvalue()
+    assert (tmp_path / "out" / "rac_lora" / "seed_0" / "summary.json").exists()
+    assert "no round affordable" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_budget_that_no_method_affords_is_an_error(tmp_path):
+    with pytest.raises(BudgetTooSmall, match="no method"):
+        compare(chosen(tmp_path / "out", budget_mib=1e-6, seeds=1), quiet())
+
+
+def test_a_method_that_diverges_does_not_end_the_comparison(tmp_path):
+    one = chosen(tmp_path / "out", seeds=1, rounds=12, method_settings={"rac_lora": {"lr": 1e9}})
+    compare(one, quiet())
+    assert read_json(tmp_path / "out" / "rac_lora" / "seed_0" / "summary.json")["status"] == "diverged"
+    assert read_json(tmp_path / "out" / "full" / "seed_0" / "summary.json")["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": []}, "methods"),
+        ({"methods": ["full", "full"]}, "once"),
+        ({"methods": ["ful"]}, "did you mean 'full'"),
+        ({"seeds": 0}, "seeds"),
+        ({"method_settings": {"fed_it": {"lr": 0.1}}}, "fed_it"),
+        ({"method_settings": {"full": {"lrr": 0.1}}}, "did you mean 'lr'"),
+        ({"method_settings": {"full": {"lr": "fast"}}}, "lr"),
+        ({"tune": [0.1]}, "two different"),
+        ({"tune": {"rac_lora": [0.1, -0.2]}}, "positive"),
+        ({"methods": ["full", "fed_it"], "rank": 11}, "rank 11"),
+    ],
+)
+def test_a_comparison_that_cannot_be_run_is_refused_before_anything_is_written(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        compare(chosen(tmp_path / "out", **changes), quiet())
+    assert not (tmp_path / "out").exists()
+
+
+# ---- tuning
+
+
+@given(
+    peak=st.floats(-8, 8),
+    lowest=st.integers(-3, 3),
+    num=st.integers(2, 5),
+    extensions=st.integers(0, 12),
+)
+def test_the_grid_grows_until_its_best_is_interior_or_the_limit_is_reached(peak, lowest, num, extensions):
+    """Scores with one peak on a grid of powers of two."""
+    tried = []
+
+    def score(rate):
+        tried.append(rate)
+        return -abs(math.log2(rate) - peak)
+
+    grid = [2.0 ** (lowest + step) for step in range(num)]
+    tuned = tune(grid, score, extensions)
+    assert len(tried) == len(set(tried)), "a rate was scored twice"
+    assert set(grid) <= set(tuned.scores) == set(tried)
+    rates = sorted(tuned.scores)
+    assert tuned.scores[tuned.best] == max(tuned.scores.values())
+    assert tuned.is_interior == (rates[0] < tuned.best < rates[-1])
+    below, above = sum(rate < grid[0] for rate in rates), sum(rate > grid[-1] for rate in rates)
+    assert max(below, above) <= extensions
+    if not tuned.is_interior:
+        assert (below if tuned.best == rates[0] else above) == extensions
+    # Extensions keep the grid's ratio, to the three digits that a rate is written with.
+    ratios = np.array(rates[1:]) / np.array(rates[:-1])
+    np.testing.assert_allclose(ratios, 2.0, rtol=0.02)
+
+
+def test_of_equal_scores_the_smaller_rate_is_taken():
+    assert tune([0.1, 0.2, 0.4, 0.8], lambda rate: 1.0 if rate in (0.2, 0.4) else 0.0, 3).best == 0.2
+
+
+def test_tuning_uses_other_seeds_and_held_out_training_examples_and_sets_the_rate(tmp_path, monkeypatch):
+    real, seen = experiments.compare.run, []
+
+    def recorded(one, watcher):
+        seen.append((one.seed, one.eval_split, one.lr))
+        return real(one, watcher)
+
+    monkeypatch.setattr(experiments.compare, "run", recorded)
+    one = chosen(tmp_path / "out", methods=["rac_lora"], seeds=1, tune=[1e-4, 0.5], tune_seeds=2, tune_extensions=0)
+    compare(one, quiet())
+    tuning, final = seen[:4], seen[4:]
+    assert {(seed, split) for seed, split, _ in tuning} == {
+        (TUNING_SEED, "validation"),
+        (TUNING_SEED + 1, "validation"),
+    }
+    assert final == [(0, "test", 0.5)]
+    table = pd.read_csv(tmp_path / "out" / "tuning.csv")
+    assert list(table["lr"]) == [1e-4, 0.5]
+    assert list(table["is_best"]) == [False, True]
+    assert not table["is_interior"].any()
+
+
+def test_a_rate_that_diverges_scores_below_one_that_learns(tmp_path):
+    learns = {"rounds": 8, "local_steps": 10, "rank": 4, "fraction": 1.0}
+    one = chosen(tmp_path / "out", methods=["rac_lora"], seeds=1, tune=[0.5, 1e9], tune_extensions=0, **learns)
+    compare(one, quiet())
+    scores = pd.read_csv(tmp_path / "out" / "tuning.csv").set_index("lr")["score"]
+    assert scores[0.5] > scores[1e9]

@@ -1,0 +1,86 @@
+"""From settings to a problem, with every mistake found before training."""
+
+import pytest
+import torch
+
+from experiments.problem import load_dataset, prepare
+from tests.helpers import same_weights, settings
+
+
+def test_scale_is_alpha_over_rank_and_alpha_is_the_rank_by_default():
+    adapter = prepare(settings(rank=4)).method.adapter
+    assert adapter.scales == {"fc1": 1.0, "fc2": 1.0}
+    adapter = prepare(settings(rank=4, alpha=6.0, ranks={"fc1": 3})).method.adapter
+    assert adapter.ranks == {"fc1": 3, "fc2": 4}
+    assert adapter.scales == {"fc1": 2.0, "fc2": 1.5}
+
+
+def test_side_auto_takes_per_layer_what_costs_less_to_send():
+    """fc1 maps 64 to 100 and fc2 100 to 10: the smaller of outputs (b) and inputs (a) is sent."""
+    problem = prepare(settings(method=("rac_lora", {"side": "auto"}), model=("mlp", {"hidden": [100]})))
+    assert problem.method.sides == {"fc1": "a", "fc2": "b"}
+
+
+@pytest.mark.parametrize(("side", "rank"), [("b", 12), ("a", 10), ("auto", 10)])
+def test_the_rank_of_a_layer_is_at_most_the_drawn_dimension(side, rank):
+    """fc1 maps 64 to 12 and fc2 12 to 10: side b draws on the inputs, side a on the outputs."""
+    prepare(settings(method=("rac_lora", {"side": side}), rank=rank))
+    with pytest.raises(ValueError, match=f"rank {65 if side != 'a' else 13}"):
+        prepare(settings(method=("rac_lora", {"side": side}), ranks={"fc1": 65 if side != "a" else 13}, rank=rank))
+
+
+def test_the_same_seed_gives_the_same_problem_and_another_one_another():
+    first, again, other = (prepare(settings(seed=seed)) for seed in (1, 1, 2))
+    assert first.split.digest == again.split.digest != other.split.digest
+    assert same_weights(first.model.state_dict(), again.model.state_dict())
+    assert not same_weights(first.model.state_dict(), other.model.state_dict())
+
+
+def test_the_method_does_not_enter_the_split_nor_the_weights():
+    first, other = (prepare(settings(method=name)) for name in ("rac_lora", "full"))
+    assert first.split.digest == other.split.digest
+    assert same_weights(first.model.state_dict(), other.model.state_dict())
+
+
+def test_validation_takes_from_the_training_examples_and_leaves_the_test_set_alone():
+    test, validation = (load_dataset(settings(eval_split=name)) for name in ("test", "validation"))
+    assert len(validation.train) + len(validation.test) == len(test.train)
+    rows = {bytes(row.numpy()) for row in test.test.inputs}
+    assert not rows & {bytes(row.numpy()) for row in validation.test.inputs} or len(rows) < len(test.test)
+
+
+def test_dtype_and_lr_go_where_they_belong():
+    problem = prepare(settings(dtype="float64", method="fed_it"))
+    assert {tensor.dtype for tensor in problem.model.state_dict().values()} == {torch.float64}
+    assert problem.dataset.train.inputs.dtype == torch.float64
+    assert problem.dataset.train.targets.dtype == torch.int64
+    assert problem.rounds.local.lr == problem.method.config.lr
+    assert prepare(settings(lr=0.07)).rounds.local.lr == 0.07
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"alpha": -1.0}, "alpha"),
+        ({"alpha": 0.0}, "alpha"),
+        ({"eval_split": "train"}, "eval_split"),
+        ({"keep_versions": "some"}, "keep_versions"),
+        ({"chunk_mib": 0.0}, "chunk_mib"),
+        ({"eval_every": 0}, "eval_every"),
+        ({"threads": -1}, "threads"),
+        ({"device": "cuda:7"}, "not available"),
+        ({"local_steps": 0}, "local_steps"),
+        ({"momentum": 1.0}, "momentum"),
+        ({"optimizer": "adam"}, "optimizer"),
+        ({"dense": ["fc1.weight"]}, "fc1.weight"),
+        ({"targets": ["relu1"]}, "ReLU"),
+        ({"method": ("rac_lora", {"rounds_per_link": -1})}, "rounds_per_link"),
+        ({"method": ("rac_lora", {"server_lr": 0.0})}, "server_lr"),
+        ({"method": ("rac_lora", {"moments": "cary"})}, "did you mean 'carry'"),
+        ({"method": ("full", {"server_lr": 0.0})}, "server_lr"),
+        ({"method": ("chain_of_lora", {"rounds_per_link": -1})}, "rounds_per_link"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        prepare(settings(**changes))

@@ -1,0 +1,77 @@
+"""The pieces that methods are made of."""
+
+import pytest
+import torch
+
+from fedraclora.layers import MatrixShape
+from fedraclora.link import Link, LowRank, Set, Zero
+from fedraclora.sketch import SketchKey
+from strategies.method import Adapter, ClientUpdate, mean_update, move_from_start, replace_trained
+
+SHAPES = {"fc1": MatrixShape(out=6, in_=9), "fc2": MatrixShape(out=4, in_=6)}
+KEY = SketchKey("orthonormal", 1, 0, "fc1", "b", 2, 9)
+
+
+def adapter(rank=2):
+    ranks = dict.fromkeys(SHAPES, rank)
+    return Adapter(SHAPES, ranks, {"fc1": 1.5, "fc2": 0.5}, (), ("fc1.weight", "fc1.bias"), "gaussian", 7)
+
+
+@pytest.mark.parametrize(
+    ("side", "drawn", "dims"), [("b", "lora_a", (9, 6)), ("ab", "lora_a", (9, 6)), ("a", "lora_b", (6, 4))]
+)
+def test_one_factor_is_drawn_and_the_other_is_zero(side, drawn, dims):
+    terms = adapter().open_link(3, dict.fromkeys(SHAPES, side)).low_rank_terms()
+    for (layer, shape), dim in zip(SHAPES.items(), dims, strict=True):
+        key = getattr(terms[layer], drawn)
+        assert (key.law, key.seed, key.link, key.layer, key.side, key.rank, key.dim) == (
+            "gaussian",
+            7,
+            3,
+            layer,
+            side,
+            2,
+            dim,
+        )
+        other = getattr(terms[layer], "lora_b" if drawn == "lora_a" else "lora_a")
+        assert other == Zero((shape.out, 2) if drawn == "lora_a" else (2, shape.in_))
+        assert terms[layer].scale == {"fc1": 1.5, "fc2": 0.5}[layer]
+
+
+def test_where_both_factors_train_the_rank_is_at_most_the_smaller_dimension():
+    adapter(rank=4).open_link(0, dict.fromkeys(SHAPES, "ab"))
+    with pytest.raises(ValueError, match=r"min\(in, out\) = 4"):
+        adapter(rank=5).open_link(0, dict.fromkeys(SHAPES, "ab"))
+    adapter(rank=5).open_link(0, dict.fromkeys(SHAPES, "b"))
+
+
+def test_the_mean_is_weighted_and_by_key():
+    updates = {
+        4: ClientUpdate({"x": torch.tensor([1.0]), "y": torch.tensor([10.0])}, weight=3.0),
+        1: ClientUpdate({"x": torch.tensor([5.0]), "y": torch.tensor([30.0])}, weight=1.0),
+    }
+    assert mean_update(updates) == {"x": torch.tensor([2.0]), "y": torch.tensor([15.0])}
+
+
+def test_trained_factors_replace_their_own_and_whole_tensors_are_set():
+    start = Link(0, (LowRank("fc1", 1.5, KEY, Zero((6, 2))),))
+    trained = {"fc1.lora_b": torch.ones(6, 2), "fc1.bias": torch.arange(6.0)}
+    low_rank, dense = replace_trained(start, trained)
+    assert low_rank == LowRank("fc1", 1.5, KEY, trained["fc1.lora_b"])
+    assert dense == Set("fc1.bias", trained["fc1.bias"])
+
+
+def test_a_longer_server_step_starts_from_what_the_clients_started_from():
+    """Factors start at the link's own, whole tensors at the link's value where it has one, else at the model's."""
+    start = Link(0, (LowRank("fc1", 1.0, KEY, torch.full((6, 2), 2.0)), Set("fc1.bias", torch.full((6,), 1.0))))
+    weights = {"fc1.bias": torch.full((6,), 100.0), "fc2.bias": torch.full((4,), 10.0)}
+    mean = {"fc1.lora_b": torch.full((6, 2), 3.0), "fc1.bias": torch.full((6,), 2.0), "fc2.bias": torch.full((4,), 8.0)}
+    moved = move_from_start(weights, start, mean, 3.0)
+    assert float(moved["fc1.lora_b"][0, 0]) == 2.0 + 3 * 1.0
+    assert float(moved["fc1.bias"][0]) == 1.0 + 3 * 1.0
+    assert float(moved["fc2.bias"][0]) == 10.0 - 3 * 2.0
+
+
+def test_a_server_step_of_one_is_the_mean_to_the_bit():
+    mean = {"fc1.lora_b": torch.rand(6, 2)}
+    assert move_from_start({}, Link(0, (LowRank("fc1", 1.0, KEY, Zero((6, 2))),)), mean, 1.0) == mean
