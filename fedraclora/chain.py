@@ -74,7 +74,7 @@ class Chain:
     @property
     def digest(self) -> str:
         """Return the digest of this version: of the base, every closed link and the open one."""
-        return _extend_hash(self.hash, "" if self.open is None else self.open.digest)
+        return extend_hash(self.hash, "" if self.open is None else self.open.digest)
 
     def open_link(self, link: Link) -> None:
         """Open a new link. Raises ValueError where one is open or the position is wrong."""
@@ -106,7 +106,7 @@ class Chain:
             raise ValueError("no link is open")
         if merge:
             merge_(self.merged, self.open.terms)
-        self.hash = _extend_hash(self.hash, digest or self.open.digest)
+        self.hash = extend_hash(self.hash, digest or self.open.digest)
         self.links.append(self.open)
         self.num_links += 1
         self.open = None
@@ -143,7 +143,8 @@ def _is_zero(term: Term) -> bool:
     return isinstance(term, LowRank) and (isinstance(term.lora_a, Zero) or isinstance(term.lora_b, Zero))
 
 
-def _extend_hash(previous: str, link_digest: str) -> str:
+def extend_hash(previous: str, link_digest: str) -> str:
+    """Return the chain's hash after one more link (`""` for a version without an open one)."""
     return hashlib.sha256(f"{previous}{link_digest}".encode()).hexdigest()
 
 

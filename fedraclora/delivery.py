@@ -7,7 +7,7 @@ cannot disagree about the order.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedraclora import link as links
 from fedraclora import sketch
-from fedraclora.chain import Chain, drop_superseded
-from fedraclora.link import Json, Link, LowRank
+from fedraclora.chain import Chain, drop_superseded, extend_hash
+from fedraclora.link import Json, Link, LowRank, Set
 from fedraclora.payload import FlatArray, Shape, flatten, unflatten
 
 UPDATE, DENSE, CATCH_UP, SNAPSHOT = "update", "dense", "catch_up", "snapshot"
@@ -103,28 +103,50 @@ def sketch_digest(link: Link | None) -> str:
 def receive(replica: Chain, delivery: Delivery) -> None:
     """Bring `replica` to the version of a delivery; links that it already holds are skipped.
 
-    Raises VersionMismatch where links are missing in between or the digest at the end differs from the sender's.
+    Raises VersionMismatch where links are missing in between, a link is not what its digest says, or the digest at the
+    end differs from the sender's; the replica is then as it was, but for its open link.
     """
     header = json.loads(delivery.header)
     tensors = _unpack(header, delivery.arrays)
     replica.open = None
-    if (snapshot := header.get("snapshot")) and replica.num_links < snapshot["num_links"]:
+    snapshot = header.get("snapshot")
+    is_behind = bool(snapshot) and replica.num_links < snapshot["num_links"]
+    num_links, hash = (snapshot["num_links"], snapshot["hash"]) if is_behind else (replica.num_links, replica.hash)
+    closed = [(digest, _restore(entry, tensors, header["current"])) for digest, entry in header["links"]]
+    new = [(digest, link) for digest, link in closed if link.index >= num_links]
+    opened = None if header["open"] is None else _restore(header["open"], tensors, header["current"])
+    _check_order([link for _, link in new], num_links)
+    _check_digests(closed)
+    # All is checked before anything is merged: what is merged cannot be taken back.
+    for digest, _ in new:
+        hash = extend_hash(hash, digest)
+    found = extend_hash(hash, "" if opened is None else opened.digest)
+    if found != header["digest"]:
+        raise VersionMismatch(f"replica would end at {found[:12]}, its server is at {header['digest'][:12]}")
+    if is_behind:
         values = dict(zip([name for name, _ in snapshot["tensors"]], tensors[SNAPSHOT], strict=True))
-        replica.restore(values, num_links=snapshot["num_links"], hash=snapshot["hash"])
-    for digest, description in header["links"]:
-        link = _restore(description, tensors, header["current"])
-        if link.index < replica.num_links:
-            continue
-        if link.index > replica.num_links:
-            raise VersionMismatch(f"replica holds {replica.num_links} links, the next one delivered is {link.index}")
+        replica.restore(values, num_links=num_links, hash=snapshot["hash"])
+    for digest, link in new:
         replica.open_link(link)
         replica.close(digest=digest)
-        # A replica never hands links on, so it keeps the merged weights only.
-        replica.links.clear()
-    if header["open"] is not None:
-        replica.open = _restore(header["open"], tensors, header["current"])
-    if replica.digest != header["digest"]:
-        raise VersionMismatch(f"replica ends at {replica.digest[:12]}, its server is at {header['digest'][:12]}")
+    # A replica never hands links on, so it keeps the merged weights only.
+    replica.links.clear()
+    replica.open = opened
+
+
+def _check_order(new: Sequence[Link], num_links: int) -> None:
+    found = [link.index for link in new]
+    if found != list(range(num_links, num_links + len(new))):
+        raise VersionMismatch(f"replica holds {num_links} links, those delivered are {found}")
+
+
+def _check_digests(closed: Sequence[tuple[str, Link]]) -> None:
+    """Compare each link with its digest; one whose superseded terms were left out cannot be."""
+    set_again: set[str] = set()
+    for digest, link in reversed(closed):
+        if link.digest != digest and not set_again:
+            raise VersionMismatch(f"link {link.index} is not what its digest {digest[:12]} says")
+        set_again |= {term.target for term in link.terms if isinstance(term, Set)}
 
 
 def _unpack(header: dict[str, Any], arrays: Mapping[str, FlatArray]) -> dict[str, list[Tensor]]:

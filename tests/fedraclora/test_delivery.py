@@ -270,7 +270,7 @@ def test_seeds_and_zeros_cost_no_tensor_bytes() -> None:
 
 def test_a_gap_between_replica_and_delivery_is_a_version_mismatch() -> None:
     replica = _start()
-    with pytest.raises(VersionMismatch, match=r"replica holds 0 links, the next one delivered is 2"):
+    with pytest.raises(VersionMismatch, match=r"replica holds 0 links, those delivered are \[2, 3\]"):
         receive(replica, deliver(_grown(4), 2))
     assert equal_weights(replica.merged, _start().merged)
     receive(replica, deliver(_grown(4), 0))
@@ -282,8 +282,19 @@ def test_a_replica_of_another_history_is_a_version_mismatch() -> None:
     _advance(replica)
     replica.merged["head.bias"] += 1
     other = Chain.start(replica.merged)
-    with pytest.raises(VersionMismatch, match="replica ends at"):
+    with pytest.raises(VersionMismatch, match="replica would end at"):
         receive(other, deliver(_grown(1), 0))
+
+
+def test_wrong_numbers_in_a_closed_link_are_refused_before_they_are_merged() -> None:
+    delivery = deliver(_grown(2), 0)
+    replica = _start()
+    arrays = {kind: array + 1 for kind, array in delivery.arrays.items()}
+    with pytest.raises(VersionMismatch):
+        receive(replica, replace(delivery, arrays=arrays))
+    assert equal_weights(replica.merged, _start().merged)
+    receive(replica, delivery)
+    _assert_same(replica, _grown(2))
 
 
 def test_another_digest_is_a_version_mismatch() -> None:
@@ -300,7 +311,7 @@ def test_other_numbers_in_an_open_link_are_a_version_mismatch() -> None:
     replica = _start()
     receive(replica, deliver(_grown(1), 0))
     arrays = {kind: array + 1 for kind, array in delivery.arrays.items()}
-    with pytest.raises(VersionMismatch, match="replica ends at"):
+    with pytest.raises(VersionMismatch, match="replica would end at"):
         receive(replica, replace(delivery, arrays=arrays))
     receive(replica, delivery)
     _assert_same(replica, server)
