@@ -65,6 +65,7 @@ class Recorder:
 
     def start(self, chain: Chain) -> None:
         """Begin a fresh run."""
+        self._delete_drafts()
         self.store.create(chain)
         self.digest = chain.digest
         for name, columns in (("rounds.csv", COLUMNS), ("ledger.csv", [item.name for item in fields(LedgerRow)])):
@@ -72,6 +73,7 @@ class Recorder:
 
     def resume(self) -> tuple[Chain, ServerState]:
         """Return the chain and the server's state as of the last whole round, and cut off the rest."""
+        self._delete_drafts()
         saved = read_json(self.folder / "state.json")
         state = ServerState.from_json(saved["server"])
         for name, column in (("rounds.csv", COLUMNS.index("round")), ("ledger.csv", 0)):
@@ -81,6 +83,11 @@ class Recorder:
         chain = self.store.load(saved["version"])
         self.digest = chain.digest
         return chain, state
+
+    def _delete_drafts(self) -> None:
+        """Delete the files that a killed process had begun to write."""
+        for draft in self.folder.rglob(".*.tmp"):
+            draft.unlink()
 
     def replica(self) -> Chain:
         """Return a copy of the chain as a client's disk would hold it: the closed links, merged."""

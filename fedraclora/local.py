@@ -54,7 +54,8 @@ class LocalConfig:
             )
         if not self.lr > 0 or self.batch_size < 1 or not 0 <= self.momentum < 1:
             raise ValueError(
-                f"lr={self.lr} must be positive, batch_size={self.batch_size} at least 1, momentum={self.momentum} in [0, 1)"
+                f"lr={self.lr} must be positive, batch_size={self.batch_size} at least 1, "
+                f"momentum={self.momentum} in [0, 1)"
             )
         for name in ("weight_decay", "proximal", "clip_norm"):
             if not getattr(self, name) >= 0:
@@ -127,7 +128,7 @@ def train_cohort(
     """
     batches = [local_batches(client.indices, client.seed, config) for client in clients]
     by_steps = sorted(range(len(clients)), key=lambda position: (-len(batches[position][1]), position))
-    limit = _clients_per_chunk(trainer, start, config, max((b[0].shape[1] for b in batches), default=1))
+    limit = _clients_per_chunk(trainer, start, max((b[0].shape[1] for b in batches), default=1))
     num_chunks = max(1, ceil(len(clients) / limit))
     size = max(1, ceil(len(clients) / num_chunks))  # even chunks: a small last one would pay a whole chunk's overhead
     for first in range(0, len(by_steps), size):
@@ -146,8 +147,8 @@ def train_cohort(
             )
 
 
-def _clients_per_chunk(trainer: Trainer, start: Mapping[str, Tensor], config: LocalConfig, width: int) -> int:
-    """Return how many clients fit the byte budget: activations with their gradients, and four copies of what is trained.
+def _clients_per_chunk(trainer: Trainer, start: Mapping[str, Tensor], width: int) -> int:
+    """Return how many clients fit the byte budget: activations, their gradients, four copies of what is trained.
 
     The copies are the value, its gradient and up to two optimiser buffers.
     """

@@ -129,7 +129,7 @@ def _stack_copies(tensor: Tensor, clients: int) -> Tensor:
 
 
 def clip_by_client(gradients: Sequence[Tensor], max_norm: float) -> list[Tensor]:
-    """Return the gradients `[clients, ...]` with each client's whole gradient scaled down to norm `max_norm` at most."""
+    """Return the gradients `[clients, ...]` with each client's whole one scaled down to norm `max_norm` at most."""
     squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
     norms = torch.stack(squares).sum(0).sqrt()
     factors = (max_norm / (norms + CLIP_EPSILON)).clamp(max=1.0)

@@ -28,8 +28,8 @@ Size = tuple[int, int]
 def record_bytes(message: Message, *, content: Mapping[str, int] | None = None) -> dict[str, int]:
     """Return the serialised bytes of a message: by array record, and under `""` for all that is not an array record.
 
-    The sum over the parts is the size of the whole message. `content` is the `content_bytes` of its content, where known
-    from another message with the same one.
+    The sum over the parts is the size of the whole message. `content` is the `content_bytes` of its content, where
+    another message with the same one has been counted before.
     """
     bare = remove_content_from_message(message)
     envelope = _envelope(bare)

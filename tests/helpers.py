@@ -19,7 +19,6 @@ from fedraclora.chain import Chain
 from fedraclora.plugins import names
 from strategies.base import ChainStrategy
 from strategies.rounds import RoundReport
-from strategies.state import ServerState
 
 METHODS = names("strategies")
 TINY = {
@@ -130,14 +129,16 @@ def federation(
     grid: type[InProcessGrid] = RecordingGrid,
     fault: Fault | None = None,
     folder: Path | None = None,
-    state: ServerState | None = None,
+    problem: Problem | None = None,
 ) -> Federation:
-    """Return the federation of some settings; `fault` tampers with replies as in `InProcessGrid`."""
-    torch.set_num_threads(max(1, chosen.threads))
-    problem = prepare(chosen)
+    """Return the federation of some settings; `fault` tampers with replies as in `InProcessGrid`.
+
+    `problem` saves the time to prepare one where another federation has the same, machine settings aside.
+    """
+    problem = problem or prepare(chosen)
     replica = problem.replica(chosen, problem.new_chain(), ClientStore(folder))
     clients = grid(replica, chosen.num_clients, fault=fault)
-    strategy = ChainStrategy(problem.method, problem.new_chain(), problem.rounds, state=state)
+    strategy = ChainStrategy(problem.method, problem.new_chain(), problem.rounds)
     return Federation(chosen, problem, replica, clients, strategy)
 
 

@@ -57,11 +57,12 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs `[batch, out]` of inputs `[batch, in]`."""
         assert isinstance(self.lora_a, Tensor)
-        return self.frozen(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        y: Tensor = self.frozen(x) + F.linear(F.linear(x, self.lora_a), self.lora_b)
+        return y
 
 
 class Bench:
-    """A workload made concrete: synthetic examples of MNIST's shape, an MLP with every layer adapted, and its engines."""
+    """A workload made concrete: synthetic examples of MNIST's shape, an MLP adapted in every layer, and its engines."""
 
     def __init__(self, workload: Workload) -> None:
         torch.manual_seed(workload.seed)

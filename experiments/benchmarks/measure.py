@@ -1,4 +1,4 @@
-"""Timing on a machine that others use too: engines take turns in one process, and every repetition says how busy the rest was."""
+"""Timing on a shared machine: engines take turns in one process, and each repetition says how busy the rest was."""
 
 import os
 import statistics

@@ -1,8 +1,8 @@
 """The memory and the overhead of a large round: every client of a big federation takes part, with six examples each.
 
-A fresh process holds the data and the model, then runs the real strategy, messages, ledger and clients over the in-process
-runtime. What it needs at its peak above data and model must stay flat in the number of clients but for their messages; what it takes
-longer than the training alone is the price of the messages, the byte counts and the checks.
+A fresh process holds the data and the model, then runs the real strategy, messages, ledger and clients over the
+in-process runtime. What it needs at its peak above data and model grows with the clients only by their messages; what
+it takes longer than the training alone is the price of the messages, the byte counts and the checks.
 """
 
 import json
@@ -25,8 +25,9 @@ from fedraclora.models import mlp
 from fedraclora.plan import RoundPlan
 from fedraclora.seeding import derive_seed
 from strategies import rac_lora
-from strategies.base import ChainStrategy, RoundSettings
+from strategies.base import ChainStrategy
 from strategies.method import Adapter
+from strategies.rounds import RoundSettings
 
 ROWS_PER_CLIENT, RANK, ROUNDS = 6, 4, 2
 LOCAL = LocalConfig(steps=2, batch_size=ROWS_PER_CLIENT)
@@ -51,7 +52,7 @@ def measure_memory(num_clients: int) -> Figures:
 
 
 def run_rounds(num_clients: int) -> Figures:
-    """Return the peak memory and the seconds of `ROUNDS` rounds in this process; seconds are CPU time of the last round."""
+    """Return the peak memory of `ROUNDS` rounds in this process, and the CPU seconds of the last one."""
     replica, strategy = _federation(num_clients)
     before = _reset_peak_kib()
     grid = InProcessGrid(replica, num_clients)

@@ -1,9 +1,10 @@
 """What one round of local training costs: `python -m experiments.benchmarks.round_time`.
 
-Prints the seconds of a round for the cohort engine, for two plain loops over the clients and for the bare matrix products, which no
-engine can undercut, then how that depends on the batch size: the gain is overhead removed, so it shrinks as batches grow. With one
-thread the seconds are CPU time, which other processes disturb little; with more they are wall time of quiet
-repetitions only. `--memory` measures the peak memory and the overhead of a round with 10,000 clients instead.
+Prints the seconds of a round for the cohort engine, for two plain loops over the clients and for the bare matrix
+products, which no engine can undercut, then how that depends on the batch size: the gain is overhead removed, so it
+shrinks as batches grow. With one thread the seconds are CPU time, which other processes disturb little; with more they
+are wall time of quiet repetitions only, or of all where none was quiet. `--memory` measures the peak memory and the
+overhead of a round with 10,000 clients instead.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.round_time", description=__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time of quiet repetitions")
+    parser.add_argument("--threads", type=int, default=1, help="1: CPU time; more: wall time, quiet repetitions only")
     parser.add_argument("--repeats", type=int, default=9, help="repetitions of every workload")
     parser.add_argument("--quick", action="store_true", help="tiny workloads, to see that everything runs")
     parser.add_argument("--memory", action="store_true", help="measure memory and overhead of a large round instead")
@@ -64,7 +65,7 @@ def _time_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     base = QUICK if options.quick else Workload()
     workloads = [replace(base, rank=rank) for rank in RANKS]
     curve = [replace(base, batch=batch) for batch in (BATCHES[:2] if options.quick else BATCHES)]
-    found = {"ranks": [], "batch_sizes": []}
+    found: dict[str, list[dict[str, Any]]] = {"ranks": [], "batch_sizes": []}
     for name, group in (("ranks", workloads), ("batch_sizes", curve)):
         for workload in group:
             found[name].append(measure(workload, options.repeats, options.threads))

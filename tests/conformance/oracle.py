@@ -16,7 +16,7 @@ Draw = Callable[[int, int, str], Matrix]
 
 @dataclass
 class Run:
-    """One run: `parts` names the factors that train (b, a, ab, or full); links close after `length` rounds (0: never)."""
+    """One run: `parts` are the factors that train (b, a, ab, full); links close after `length` rounds (0: never)."""
 
     weights: list[Matrix]
     biases: list[Matrix]

@@ -41,9 +41,10 @@ def _same_threads_afterwards():
     torch.set_num_threads(before)
 
 
-def run_here(chosen, grid=RecordingGrid):
+def run_here(chosen, grid=RecordingGrid, like=None):
+    """Run the settings; `like` is a federation that differs in settings of the machine only."""
     torch.set_num_threads(chosen.threads)
-    parts = federation(chosen, grid=grid)
+    parts = federation(chosen, grid=grid, problem=like and like.problem)
     parts.reports = parts.run()
     return parts
 
@@ -64,8 +65,8 @@ def plans(parts):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
 def test_a_cohort_trains_as_its_clients_do_one_by_one(case, dtype, tolerance):
     together = run_here(settings(**case, dtype=dtype))
-    alone = run_here(settings(**case, dtype=dtype, exact=True))
-    halves = run_here(settings(**case, dtype=dtype, chunk_mib=0.01))
+    alone = run_here(settings(**case, dtype=dtype, exact=True), like=together)
+    halves = run_here(settings(**case, dtype=dtype, chunk_mib=0.01), like=together)
     expected = alone.chain.weights()
     assert relative_distance(together.chain.weights(), expected) <= tolerance
     assert relative_distance(halves.chain.weights(), expected) <= tolerance
@@ -82,7 +83,8 @@ def test_the_same_settings_give_the_same_digest_twice_and_another_seed_another_o
 
 @every_case
 def test_sketches_cohorts_batches_and_bytes_do_not_depend_on_the_number_of_threads(case):
-    one, two = (run_here(settings(**case, threads=threads)) for threads in (1, 2))
+    one = run_here(settings(**case, threads=1))
+    two = run_here(settings(**case, threads=2), like=one)
     assert ledger(one) == ledger(two)
     assert plans(one) == plans(two)
     assert stated(one, "sketches") == stated(two, "sketches")
@@ -119,9 +121,12 @@ def test_every_client_draws_the_same_sketch_in_a_round(case):
 @every_case
 def test_an_exact_run_ends_at_one_digest_whatever_the_chunks_the_threads_and_who_trains(case):
     chosen = settings(**case, exact=True)
-    digest = run_here(chosen).chain.digest
-    assert run_here(settings(**case, exact=True, chunk_mib=0.001)).chain.digest == digest
-    assert run_here(chosen, grid=OneByOneGrid).chain.digest == digest
+    first = run_here(chosen)
+    for other in (
+        run_here(settings(**case, exact=True, chunk_mib=0.001), like=first),
+        run_here(chosen, grid=OneByOneGrid, like=first),
+    ):
+        assert other.chain.digest == first.chain.digest
 
 
 @every_case
@@ -129,7 +134,7 @@ def test_clients_with_a_replica_each_need_nothing_but_their_messages(case):
     """No client sees another's messages here: what it lacks must have been sent, and charged, to it alone."""
     chosen = settings(**case, exact=True, rounds=5, fraction=0.34)
     shared = run_here(chosen)
-    apart = federation(chosen)
+    apart = federation(chosen, problem=shared.problem)
     apart.grid = AppsGrid(apart.problem, chosen)
     reports = apart.run()
     assert all(report.num_failed == report.num_missing == 0 for report in reports)

@@ -1,6 +1,7 @@
 """The round loop: which replies count, what a faulty client changes (nothing), and where a run stops."""
 
 import copy
+from functools import cache
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.problem import prepare
 from fedraclora.link import materialize
 from fedraclora.local import LocalConfig
 from fedraclora.payload import unflatten
@@ -88,7 +90,17 @@ def spoil(change, partition, only_round=2):
     return fault
 
 
-CHOSEN = settings(fraction=1.0, num_clients=4, rounds=3, dtype="float32")
+CHOSEN = settings(fraction=1.0, num_clients=4, rounds=3)
+
+
+@cache
+def problem():
+    return prepare(CHOSEN)
+
+
+def federate(**options):
+    """Return a federation of four clients that all take part in three rounds of rac_lora."""
+    return federation(CHOSEN, problem=problem(), **options)
 
 
 def merged_over(parts, used):
@@ -121,7 +133,7 @@ def assert_close(found, expected):
 
 
 def test_all_replies_are_used_and_weighted_by_examples():
-    parts = federation(CHOSEN)
+    parts = federate()
     reports = parts.run()
     assert [(report.num_ok, report.num_failed, report.num_missing) for report in reports[1:]] == [(4, 0, 0)] * 3
     assert_close(parts.chain.weights(), merged_over(parts, {round: [0, 1, 2, 3] for round in (1, 2, 3)}))
@@ -138,7 +150,7 @@ def test_uniform_weighting_counts_every_client_the_same():
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_reply_that_cannot_be_used_is_counted_with_its_reason_and_changes_nothing(name):
     change, words = FAULTS[name]
-    parts = federation(CHOSEN, fault=spoil(change, partition=1))
+    parts = federate(fault=spoil(change, partition=1))
     reports = parts.run()
     assert [(report.num_ok, report.num_failed, report.num_missing) for report in reports[1:]] == [
         (4, 0, 0),
@@ -165,7 +177,7 @@ def test_with_every_method_a_lost_reply_is_as_good_as_a_refused_one(name):
 
 
 def test_a_lost_reply_leaves_its_client_where_it_was_and_it_catches_up_later():
-    parts = federation(CHOSEN, fault=spoil(lambda reply: None, partition=2, only_round=2))
+    parts = federate(fault=spoil(lambda reply: None, partition=2, only_round=2))
     reports = parts.run()
     kinds = {row.kind for row in reports[3].rows if row.partition == 2 and row.direction == "down" and row.parameters}
     assert kinds == {"update", "catch_up"}
@@ -188,9 +200,9 @@ def test_the_second_of_two_replies_is_refused():
     class Grid(TwiceGrid, RecordingGrid):
         pass
 
-    parts = federation(CHOSEN, grid=Grid)
+    parts = federate(grid=Grid)
     reports = parts.run()
-    once = federation(CHOSEN)
+    once = federate()
     once_reports = once.run()
     assert parts.chain.digest == once.chain.digest
     assert [(report.num_ok, report.num_failed, report.num_missing) for report in reports[1:]] == [(4, 0, 0)] * 3
@@ -207,7 +219,7 @@ def test_the_reply_of_a_client_that_was_not_asked_is_ignored():
                 replies.append(stray)
             return replies
 
-    parts, plain = federation(CHOSEN, grid=Stray), federation(CHOSEN)
+    parts, plain = federate(grid=Stray), federate()
     reports = parts.run()
     plain.run()
     assert parts.chain.digest == plain.chain.digest
@@ -219,7 +231,7 @@ def test_the_order_of_the_replies_changes_no_bit():
         def send_and_receive(self, messages, *, timeout=None):
             return list(super().send_and_receive(messages, timeout=timeout))[::-1]
 
-    parts, straight = federation(CHOSEN, grid=Backwards), federation(CHOSEN)
+    parts, straight = federate(grid=Backwards), federate()
     reports, expected = parts.run(), straight.run()
     assert parts.chain.digest == straight.chain.digest
     assert [row for report in reports for row in report.rows] == [row for report in expected for row in report.rows]
@@ -249,7 +261,7 @@ def test_a_voided_round_keeps_its_link_and_the_next_one_trains_it_again():
 
 
 def test_no_reply_at_all_leaves_the_model_unchanged_and_the_run_alive():
-    parts = federation(CHOSEN, fault=lambda who, reply: None if reply.metadata.group_id == "2" else reply)
+    parts = federate(fault=lambda who, reply: None if reply.metadata.group_id == "2" else reply)
     reports = parts.run()
     assert (reports[2].num_ok, reports[2].num_missing, reports[2].is_updated) == (0, 4, False)
     assert np.isnan(reports[2].train_loss)
@@ -266,16 +278,16 @@ def test_a_cohort_whose_numbers_are_all_not_finite_has_diverged():
 
 
 def test_errors_alone_are_no_divergence():
-    parts = federation(CHOSEN, fault=lambda who, reply: error_reply(reply))
+    parts = federate(fault=lambda who, reply: error_reply(reply))
     assert not any(report.has_diverged for report in parts.run())
 
 
 def test_a_client_without_data_answers_with_an_error_and_does_not_disturb_the_others():
-    parts, whole = federation(CHOSEN), federation(CHOSEN)
+    parts, whole = federate(), federate()
     parts.replica.data.partitions[3] = np.zeros(0, dtype=np.int64)
     reports = parts.run()
     assert all(list(report.failures) == [3] and "partition 3" in report.failures[3] for report in reports[1:])
-    without = federation(CHOSEN, fault=lambda who, reply: None if who == 3 else reply)
+    without = federate(fault=lambda who, reply: None if who == 3 else reply)
     without.run()
     whole.run()
     assert parts.chain.digest != whole.chain.digest
