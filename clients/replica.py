@@ -14,8 +14,9 @@ from fedraclora.chain import Chain, Weights, merge_
 from fedraclora.data import Examples, IndexArray
 from fedraclora.delivery import Delivery, receive, sketch_digest
 from fedraclora.layers import CohortModel
+from fedraclora.ledger import MIB
 from fedraclora.link import Link, LowRank, materialize
-from fedraclora.local import MIB, Trainer
+from fedraclora.local import Trainer
 from fedraclora.plan import RoundPlan
 from fedraclora.tasks import row_loss
 
@@ -67,7 +68,7 @@ class Replica:
     def prepare(self, plan: RoundPlan) -> tuple[Trainer, dict[str, Tensor]]:
         """Return a trainer with the frozen weights and factors in place, and the tensors where training starts."""
         model = self._cohort_model(plan)
-        weights = self._shared_weights()
+        weights = self._shared_weights(plan)
         model.release()
         model.load_weights(weights)
         terms = self.link.low_rank_terms()
@@ -89,9 +90,9 @@ class Replica:
             self._cohort_models[key] = model
         return self._cohort_models[key]
 
-    def _shared_weights(self) -> Weights:
-        """Return the weights without the open link's low-rank terms, which train as factors."""
-        terms = [term for term in self.link.terms if not isinstance(term, LowRank)]
+    def _shared_weights(self, plan: RoundPlan) -> Weights:
+        """Return the weights without those low-rank terms of the open link that train as factors."""
+        terms = [term for term in self.link.terms if not (isinstance(term, LowRank) and term.layer in plan.trained)]
         changed = {term.target for term in terms}
         weights = {name: t.clone() if name in changed else t for name, t in self.chain.merged.items()}
         merge_(weights, terms)

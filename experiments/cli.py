@@ -11,12 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.compare import compare
-from experiments.groups import allow_new_keys, CONF, check_overrides, default_plugins, register
+from experiments.groups import CONF, allow_new_keys, check_overrides, default_plugins, register
 from experiments.progress import Display, start_logging
 from experiments.replay import replay
 from experiments.report import main_report
-from experiments.run import Diverged, run
+from experiments.run import run
 from experiments.settings import CompareSettings, Settings
+from fedraclora.ledger import MIB
 from fedraclora.plugins import nearest
 
 FAILED, BAD_USE, STOPPED = 1, 2, 130
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[command](rest, console)
     except (ValueError, OSError, RuntimeError) as error:
         console.print(f"fedraclora {command}: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        return FAILED if isinstance(error, Diverged | OSError) else BAD_USE
+        return BAD_USE if isinstance(error, ValueError) else FAILED
     except KeyboardInterrupt:
         console.print("interrupted; the same command with resume=true continues from the last whole round")
         return STOPPED
@@ -79,8 +80,8 @@ def _run(arguments: list[str], console: Console) -> None:
         log = logging.getLogger("fedraclora")
         log.info(
             "%s after %d rounds: %s, %.3f MiB up, %.3f MiB down; chain %s",
-            summary["status"], summary["num_rounds"], score, summary["uplink_bytes"] / 2**20,
-            summary["downlink_bytes"] / 2**20, summary["chain_digest"][:12],
+            summary["status"], summary["num_rounds"], score, summary["uplink_bytes"] / MIB,
+            summary["downlink_bytes"] / MIB, summary["chain_digest"][:12],
         )  # fmt: skip
 
     _hydra("run", arguments, Settings, job)
@@ -94,16 +95,21 @@ def _hydra(command: str, arguments: list[str], settings: type, job: Callable[[An
     """Compose the settings of a command with Hydra and call `job` with them; errors of the job pass through."""
     register(arguments)
     check_overrides(arguments, settings, default_plugins(command))
-    errors: list[BaseException] = []
+    errors: list[Exception] = []
 
     def entry(config: DictConfig) -> None:
+        if errors:
+            return
         try:
             job(OmegaConf.to_object(config))
-        except BaseException as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001
             # Hydra would print a traceback and exit; the caller's message says it better.
             errors.append(error)
 
-    argv, sys.argv = sys.argv, [f"fedraclora {command}", *allow_new_keys(arguments, settings)]
+    flags = [item for item in arguments if item in ("-m", "--multirun")]
+    # Hydra's parser wants this flag before the overrides.
+    others = allow_new_keys([item for item in arguments if item not in flags], settings)
+    argv, sys.argv = sys.argv, [f"fedraclora {command}", *flags, *others]
     try:
         hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(entry)()
     except SystemExit as stop:

@@ -8,7 +8,7 @@ that grows until its best value lies inside it.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ from experiments.problem import prepare
 from experiments.progress import Display
 from experiments.report import write_report
 from experiments.results import load_runs
-from experiments.run import AT_BUDGET, DIVERGED, FINISHED, Diverged, check_same_run, find_folder, run
+from experiments.run import DIVERGED, FINISHED, Diverged, check_same_run, find_folder, run
 from experiments.settings import CompareSettings, Settings
 from experiments.tables import comparison_table, render_table
 from fedraclora.files import read_json, write_atomically, write_json
@@ -82,6 +82,12 @@ def _check(settings: CompareSettings) -> None:
     for method in settings.methods:
         _grid(settings, method)
         prepare(_one(settings, Path(), method, settings.seed, None))
+    # The methods share the splits, so one method shows whether every seed has a split that works.
+    for seed in range(settings.seed + 1, settings.seed + settings.seeds):
+        prepare(_one(settings, Path(), settings.methods[0], seed, None))
+    if settings.tune is not None:
+        for seed in _tuning_seeds(settings):
+            prepare(_tuning(_one(settings, Path(), settings.methods[0], seed, None)))
 
 
 def _one(settings: CompareSettings, folder: Path, method: str, seed: int, lr: float | None) -> Settings:
@@ -114,12 +120,14 @@ def _run_one(settings: Settings, display: Display, refused: dict[str, str]) -> P
 
 
 def is_done(folder: Path, rounds: int) -> bool:
-    """Return whether a run's folder holds a run of that many rounds, or one that its budget ended."""
+    """Return whether a run's folder holds a run of that many rounds, or one that diverged.
+
+    One that its budget ended may go on with a larger one.
+    """
     if not (folder / "summary.json").exists():
         return False
     summary = read_json(folder / "summary.json")
-    is_whole = summary["status"] == FINISHED and summary["num_rounds"] >= rounds
-    return bool(is_whole or summary["status"] == AT_BUDGET)
+    return bool(summary["status"] == DIVERGED or (summary["status"] == FINISHED and summary["num_rounds"] >= rounds))
 
 
 def _report(
@@ -221,14 +229,22 @@ def _score(settings: CompareSettings, folder: Path, display: Display, method: st
     rewards reaching any accuracy for few bytes. A run that diverged counts with its worst value for the rounds it
     did not do.
     """
-    seeds = range(TUNING_SEED + settings.seed, TUNING_SEED + settings.seed + settings.tune_seeds)
+    seeds = _tuning_seeds(settings)
     return sum(_score_one(settings, folder, display, (method, seed, lr)) for seed in seeds) / len(seeds)
+
+
+def _tuning_seeds(settings: CompareSettings) -> range:
+    return range(TUNING_SEED + settings.seed, TUNING_SEED + settings.seed + settings.tune_seeds)
+
+
+def _tuning(one: Settings) -> Settings:
+    """Return a run's settings with its test examples held out from training."""
+    return replace(one, eval_split="validation")
 
 
 def _score_one(settings: CompareSettings, folder: Path, display: Display, which: tuple[str, int, float]) -> float:
     method, seed, lr = which
-    one = _one(settings, folder / "tuning" / f"lr_{lr:g}", method, seed, lr)
-    one.eval_split = "validation"
+    one = _tuning(_one(settings, folder / "tuning" / f"lr_{lr:g}", method, seed, lr))
     path = _run_one(one, display, {})
     if path is None:
         raise BudgetTooSmall(f"{method} cannot be tuned: no round is affordable")

@@ -11,7 +11,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from experiments.plots import FOREGROUND, WIDTH_IN, MethodStyle, drawing_style, legend_columns, method_styles
-from experiments.results import MIB, Runs
+from experiments.results import Runs
+from fedraclora.ledger import MIB
 
 MAX_POINTS = 300
 

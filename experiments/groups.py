@@ -28,6 +28,8 @@ def named_config(group: str, name: str) -> type:
     Raises UnknownPlugin for a name that is not there, with the nearest ones.
     """
     module = find(GROUPS[group], name)
+    if any(item.name == "name" for item in fields(module.Config)):
+        raise ValueError(f"{group} {name!r} has a setting called 'name', which stands for the plug-in's own; rename it")
     return make_dataclass("Config", [("name", str, field(default=name))], bases=(module.Config,))
 
 

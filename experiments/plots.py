@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.results import MIB, Runs
+from experiments.results import Runs
+from fedraclora.ledger import MIB
 
 FOREGROUND = "#23262b"
 GRID = "#8a8f98"

@@ -11,18 +11,21 @@ from clients.state_store import ClientStore
 from experiments.groups import GROUPS, plain_values
 from experiments.settings import Settings
 from fedraclora.chain import Chain
-from fedraclora.data import Dataset, Examples, Split, holdout
+from fedraclora.data import Dataset, Examples, Split, check_dataset, holdout
 from fedraclora.finished import ModelCard
-from fedraclora.layers import CohortModel, find_dense, find_targets
+from fedraclora.ledger import MIB
 from fedraclora.local import LocalConfig
 from fedraclora.models import initial_model
 from fedraclora.partitions import make_split
+from fedraclora.plan import RoundPlan
 from fedraclora.plugins import find, nearest
+from fedraclora.probe import check_clients_stay_apart
 from fedraclora.seeding import derive_seed, stream
 from fedraclora.sketch import LAWS
+from fedraclora.targets import find_dense, find_targets
 from strategies.method import Adapter, Method
 from strategies.rounds import RoundSettings
-from strategies.state import MIB, Budget
+from strategies.state import Budget
 
 RUNTIMES = ("in_process",)
 DTYPES = ("float32", "float64")
@@ -60,12 +63,10 @@ def prepare(settings: Settings) -> Problem:
         seed=stream(settings.seed, "partition")
     )
     model = _plugin("model", settings.model, initial_model, dataset=dataset)(seed=stream(settings.seed, "init"))
+    check_no_tied_weights(model)
     model = model.to(device=settings.device, dtype=getattr(torch, settings.dtype))
     adapter = _adapter(settings, model)
     method: Method = find(GROUPS["method"], settings.method.name).build(settings.method, adapter)
-    trained = method.trains(1)
-    method.open_link(0)
-    CohortModel(model, low_rank=list(trained.factors), dense=trained.dense)
     card = ModelCard(
         name=settings.model.name,
         config={key: value for key, value in plain_values(settings.model).items() if key != "name"},
@@ -73,7 +74,30 @@ def prepare(settings: Settings) -> Problem:
         num_outputs=dataset.num_outputs,
         dtype=settings.dtype,
     )
-    return Problem(_on_device(dataset, settings), split, model, method, _round_settings(settings), card)
+    problem = Problem(_on_device(dataset, settings), split, model, method, _round_settings(settings), card)
+    _probe(problem, settings)
+    return problem
+
+
+def _probe(problem: Problem, settings: Settings) -> None:
+    """Prepare the first round's training as a client would, and look at the model once before anything is trained."""
+    chain = problem.new_chain()
+    chain.open_link(problem.method.open_link(0))
+    trained = problem.method.trains(1)
+    plan = RoundPlan(round=1, trained=trained.factors, dense=trained.dense, moments=trained.moments)
+    trainer, start = problem.replica(settings, chain, ClientStore()).prepare(plan)
+    check_clients_stay_apart(trainer.model, start, problem.dataset.train.inputs)
+
+
+def check_no_tied_weights(model: nn.Module) -> None:
+    """Raise ValueError where two names share one tensor: the chain would change one of them and not the other."""
+    owners: dict[int, str] = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and tensor.data_ptr() in owners:
+            raise ValueError(
+                f"{owners[tensor.data_ptr()]!r} and {name!r} are one tensor; tied weights are not supported: untie them"
+            )
+        owners[tensor.data_ptr()] = name
 
 
 def _plugin(group: str, config: Any, make: Any, **known: Any) -> Any:  # noqa: ANN401
@@ -86,6 +110,7 @@ def load_dataset(settings: Settings) -> Dataset:
     """Return the data set; with `eval_split=validation` its test set is held out from the training examples."""
     seed = derive_seed(stream(settings.seed, "init"), "dataset")
     dataset: Dataset = find(GROUPS["dataset"], settings.dataset.name).build(settings.dataset, seed=seed)
+    check_dataset(dataset)
     if settings.eval_split == "test":
         return dataset
     return holdout(dataset, fraction=settings.validation_fraction, seed=derive_seed(seed, "validation"))
@@ -169,7 +194,9 @@ def _check_choices(settings: Settings) -> None:
     for key, least in (("rounds", 0), ("eval_every", 1), ("threads", 0), ("snapshot_every", 0)):
         if getattr(settings, key) < least:
             raise ValueError(f"{key}={getattr(settings, key)} must be at least {least}")
-    if not settings.chunk_mib > 0:
-        raise ValueError(f"chunk_mib={settings.chunk_mib} must be positive")
+    for key in ("chunk_mib", "budget_mib", "uplink_mib", "per_client_mib"):
+        value = getattr(settings, key)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{key}={value} must be positive and finite")
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={settings.device!r} is not available here; use device=cpu")

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-MIB = 2**20
+from fedraclora.ledger import MIB
+
 log = logging.getLogger("fedraclora")
 
 

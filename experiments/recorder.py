@@ -29,9 +29,12 @@ BYTE_COLUMNS = (
     "uplink_record_bytes",
     "downlink_record_bytes",
 )
+# The columns that are fields of a RoundReport.
+REPORT_COLUMNS = (*("round", "link", "num_clients", "num_ok", "num_failed", "num_missing", "is_updated", "train_loss"),)
 COLUMNS = (
-    *("method", "seed", "round", "link", "num_clients", "num_ok", "num_failed", "num_missing", "is_updated"),
-    *("train_loss", "test_loss", "test_accuracy"),
+    *("method", "seed"),
+    *REPORT_COLUMNS,
+    *("test_loss", "test_accuracy"),
     *BYTE_COLUMNS,
     *(f"cum_{name}" for name in BYTE_COLUMNS),
     *("round_s", "simulated_s"),
@@ -41,7 +44,8 @@ COLUMNS = (
 class Recorder:
     """Writes one run's folder: `rounds.csv`, `ledger.csv`, `chain/` and `state.json`.
 
-    `digest` is that of the newest version written, which a link opened since then does not change.
+    `digest` is that of the newest version written, which a link opened since then does not change; `has_diverged` says
+    that the run read back had come to its end by NaN or infinity.
     """
 
     def __init__(self, folder: Path, *, keep_versions: str, snapshot_every: int) -> None:
@@ -50,7 +54,7 @@ class Recorder:
         self._keeps_all = keep_versions == "all"
         self._snapshot_every = snapshot_every
         self._written_version = 0
-        self.digest = ""
+        self.digest, self.has_diverged = "", False
         self._began = time.perf_counter()
 
     @property
@@ -78,7 +82,7 @@ class Recorder:
         state = ServerState.from_json(saved["server"])
         for name, column in (("rounds.csv", COLUMNS.index("round")), ("ledger.csv", 0)):
             _keep_rounds(self.folder / name, column, state.round)
-        self._written_version = saved["version"]
+        self._written_version, self.has_diverged = saved["version"], saved["has_diverged"]
         self._began -= saved["wall_s"]
         chain = self.store.load(saved["version"])
         self.digest = chain.digest
@@ -96,7 +100,9 @@ class Recorder:
         chain.links.clear()
         return chain
 
-    def commit(self, row: Mapping[str, Any], report: RoundReport, chain: Chain, state: ServerState) -> None:
+    def commit(
+        self, row: Mapping[str, Any], report: RoundReport, chain: Chain, state: ServerState, *, has_diverged: bool
+    ) -> None:
         """Write a round: its link, its rows, and last the state that makes it count."""
         if chain.version > self._written_version:
             self.store.append(chain)
@@ -105,7 +111,12 @@ class Recorder:
                 self.store.snapshot(chain)
         _append(self.folder / "ledger.csv", pd.DataFrame([astuple(item) for item in report.rows]))
         _append(self.folder / "rounds.csv", pd.DataFrame([row], columns=list(COLUMNS)))
-        saved = {"version": chain.version, "wall_s": self.wall_s, "server": state.to_json()}
+        saved = {
+            "version": chain.version,
+            "wall_s": self.wall_s,
+            "has_diverged": has_diverged,
+            "server": state.to_json(),
+        }
         write_json(self.folder / "state.json", saved)
         if not self._keeps_all:
             self.store.forget_replaced()
@@ -118,7 +129,7 @@ def round_row(report: RoundReport, total: Traffic, *, method: str, seed: int) ->
     """
     own = asdict(report.traffic) | {"total_bytes": report.traffic.total_bytes}
     cumulative = asdict(total) | {"total_bytes": total.total_bytes}
-    counts = {name: getattr(report, name) for name in COLUMNS[2:10]}
+    counts = {name: getattr(report, name) for name in REPORT_COLUMNS}
     return {
         "method": method,
         "seed": seed,

@@ -147,8 +147,8 @@ def _tuning_section(path: Path) -> str:
         for row in tuning.to_dict("records")
     ]
     caption = (
-        "Score: mean test metric over all rounds and tuning seeds (accuracy, or minus the loss), on examples held out from "
-        "training and with seeds that the comparison does not use."
+        "Score: mean test metric over all rounds and tuning seeds (accuracy, or minus the loss), on examples held out "
+        "from training and with seeds that the comparison does not use."
     )
     table = html_table(["method", "learning rate", "score", "chosen"], rows, caption=caption)
     return f'<h2>Learning rates tried</h2><div class="narrow">{table}</div>'

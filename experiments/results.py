@@ -9,8 +9,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-MIB = 2**20
-NEEDED_FILES = ("settings.yaml", "rounds.csv", "ledger.csv", "summary.json", "label_counts.csv")
+NEEDED_FILES = ("settings.yaml", "rounds.csv", "ledger.csv", "summary.json")
 LEDGER_KEYS = ["method", "seed", "direction", "kind"]
 
 
@@ -20,7 +19,7 @@ class Runs:
 
     `rounds` is every `rounds.csv` one below the other. `ledger` holds the sums of `parameters`, `tensor_bytes` and
     `record_bytes` by method, seed, direction and kind. `label_counts` is that of the first run. `settings` holds one
-    flat mapping a run, with dotted keys.
+    flat mapping a run, with dotted keys. `label_counts` is empty for regression data.
     """
 
     rounds: pd.DataFrame
@@ -65,11 +64,16 @@ def load_runs(folders: Sequence[Path]) -> Runs:
         rounds=pd.concat([_read_rounds(folder, of) for folder, of in zip(folders, summaries, strict=True)]),
         ledger=pd.concat([_read_ledger(folder, of) for folder, of in zip(folders, summaries, strict=True)]),
         summaries=summaries,
-        label_counts=pd.read_csv(folders[0] / "label_counts.csv"),
+        label_counts=_read_label_counts(folders[0]),
         settings=[_read_settings(folder) for folder in folders],
     )
     _check_evaluated(runs)
     return runs
+
+
+def _read_label_counts(folder: Path) -> pd.DataFrame:
+    path = folder / "label_counts.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame()
 
 
 def _check_files(folder: Path) -> None:

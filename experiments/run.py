@@ -26,19 +26,25 @@ from fedraclora.partitions import label_counts
 from fedraclora.tasks import evaluate
 from strategies.base import ChainStrategy
 from strategies.rounds import RoundReport
+from strategies.state import BudgetTooSmall
 
 log = logging.getLogger("fedraclora")
 
 # What may differ between a run and its continuation: everything else would make another run of it.
 MAY_CHANGE = {
     *("resume", "out", "name", "rounds", "budget_mib", "uplink_mib", "per_client_mib"),
-    *("target_accuracies", "threads", "chunk_mib", "keep_versions", "snapshot_every"),
+    *("target_accuracies", "keep_versions", "snapshot_every"),
 }
-DIVERGED, FINISHED, AT_BUDGET, INTERRUPTED = "diverged", "finished", "stopped at the budget", "interrupted"
+FINISHED, AT_BUDGET, INTERRUPTED = "finished", "stopped at the budget", "interrupted"
+DIVERGED, FAILED = "diverged", "failed"
 
 
 class Diverged(RuntimeError):
     """Training produced NaN or infinity; what was computed before is kept."""
+
+
+class NothingTrained(RuntimeError):
+    """Every client of the first round failed; what was computed before is kept."""
 
 
 class Watcher(Protocol):
@@ -63,6 +69,7 @@ def run(settings: Settings, watcher: Watcher) -> dict[str, Any]:
             check_same_run(folder, settings)
             chain, state = recorder.resume()
             _check_base(problem, folder)
+            _write_settings(settings, folder)
             strategy = ChainStrategy(problem.method, chain, problem.rounds, state=state)
         else:
             chain = problem.new_chain()
@@ -104,17 +111,28 @@ def _run_rounds(parts: _Run, watcher: Watcher) -> dict[str, Any]:
     settings, strategy, recorder = parts.settings, parts.strategy, parts.recorder
     status = INTERRUPTED
     try:
+        if recorder.has_diverged:
+            status = DIVERGED
+            raise Diverged(f"this run diverged in round {strategy.state.round}; nothing can be added to it")
         for report in strategy.rounds(parts.grid(), settings.rounds):
             row = parts.row(report)
-            recorder.commit(row, report, strategy.chain, strategy.state)
+            has_diverged = report.has_diverged or not isfinite(row.get("test_loss", 0.0))
+            recorder.commit(row, report, strategy.chain, strategy.state, has_diverged=has_diverged)
             watcher.on_round(row, settings.rounds)
-            if report.has_diverged or not isfinite(row.get("test_loss", 0.0)):
+            if has_diverged:
                 status = DIVERGED
                 raise Diverged(
                     f"training diverged in round {report.round}: NaN or infinity with lr={strategy.settings.local.lr}; "
                     f"try a smaller one. All rounds so far are in {recorder.folder}"
                 )
+            if report.round == 1 and report.failures and not report.num_ok:
+                status = FAILED
+                client, reason = next(iter(report.failures.items()))
+                raise NothingTrained(f"all clients of the first round failed; client {client}: {reason}")
         status = FINISHED if strategy.stop_reason is None else AT_BUDGET
+    except BudgetTooSmall as error:
+        status = AT_BUDGET
+        raise BudgetTooSmall(f"{error}; with resume=true and a larger one the run goes on") from error
     finally:
         # Whatever ends the rounds, what was computed gets its summary.
         summary = parts.summary(status) if recorder.can_resume else {}
@@ -163,10 +181,14 @@ def _check_base(problem: Problem, folder: Path) -> None:
         raise ValueError(f"the initial weights made here differ from those of {folder}: is this another PyTorch?")
 
 
+def _write_settings(settings: Settings, folder: Path) -> None:
+    write_atomically(folder / "settings.yaml", OmegaConf.to_yaml(OmegaConf.create(plain_values(settings))).encode())
+
+
 def _write_description(problem: Problem, settings: Settings, folder: Path) -> None:
     """Write all that is known before the first round."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "settings.yaml", OmegaConf.to_yaml(OmegaConf.create(plain_values(settings))).encode())
+    _write_settings(settings, folder)
     problem.card.save(folder / "model.json")
     problem.split.save(folder / "split.npz")
     if problem.dataset.task == "classification":

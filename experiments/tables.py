@@ -14,7 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.results import MIB, Runs
+from experiments.results import Runs
+from fedraclora.ledger import MIB
 
 NUM_REACHED = "num_reached_"
 

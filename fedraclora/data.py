@@ -53,6 +53,28 @@ class Dataset:
         return tuple(self.train.inputs.shape[1:])
 
 
+def check_dataset(dataset: Dataset) -> None:
+    """Raise ValueError for a data set whose examples do not fit its own description."""
+    for part, examples in (("train", dataset.train), ("test", dataset.test)):
+        found = f"{dataset.name}: the {part} targets are {tuple(examples.targets.shape)} {examples.targets.dtype}"
+        if len(examples.inputs) != len(examples.targets) or not len(examples):
+            raise ValueError(f"{found} for {len(examples.inputs)} inputs; each input needs one, and there must be some")
+        if dataset.task == "regression" and examples.targets.shape != (len(examples), dataset.num_outputs):
+            raise ValueError(f"{found}; regression with num_outputs={dataset.num_outputs} needs [num, num_outputs]")
+        if dataset.task == "classification":
+            _check_labels(examples.targets, dataset.num_outputs, found)
+    if dataset.groups is not None and len(dataset.groups) != len(dataset.train):
+        raise ValueError(f"{dataset.name}: {len(dataset.groups)} groups for {len(dataset.train)} training examples")
+
+
+def _check_labels(targets: Tensor, num_classes: int, found: str) -> None:
+    if targets.dtype != torch.int64 or targets.ndim != 1:
+        raise ValueError(f"{found}; classification needs [num] int64 labels")
+    if int(targets.min()) < 0 or int(targets.max()) >= num_classes:
+        span = f"{int(targets.min())} to {int(targets.max())}"
+        raise ValueError(f"{found}, from {span}; num_outputs={num_classes} needs labels from 0 to {num_classes - 1}")
+
+
 @dataclass(frozen=True)
 class Split:
     """Which training examples each client owns: one sorted index array a client."""

@@ -49,18 +49,22 @@ def deliver(chain: Chain, num_held: int) -> Delivery:
 
 
 def _replay(chain: Chain, num_held: int) -> Delivery:
-    held = drop_superseded(chain.missing_links(num_held))
-    digests = [link.digest for link in chain.missing_links(num_held)]
-    described = [[digest, links.describe(link)] for digest, link in zip(digests, held, strict=True)]
-    return _pack(chain, {"links": described, "current": chain.num_links_before}, held, {})
+    missing = chain.missing_links(num_held)
+    opened = [] if chain.open is None else [chain.open]
+    kept = drop_superseded([*missing, *opened])[: len(missing)]
+    described = [[link.digest, sent.digest, links.describe(sent)] for link, sent in zip(missing, kept, strict=True)]
+    return _pack(chain, {"links": described, "current": chain.num_links_before}, kept, {})
 
 
 def _snapshot(chain: Chain) -> Delivery:
-    names = sorted({term.target for link in chain.links for term in link.terms})
+    # What the open link sets comes with it.
+    set_again = {term.target for term in chain.open.terms if isinstance(term, Set)} if chain.open is not None else set()
+    names = sorted({term.target for link in chain.links for term in link.terms} - set_again)
     tensors = {name: chain.merged[name] for name in names}
     described = {
         "num_links": chain.num_links,
         "hash": chain.hash,
+        "weights": sketch.digest_all(tensors),
         "tensors": [[name, list(tensor.shape)] for name, tensor in tensors.items()],
     }
     return _pack(chain, {"links": [], "current": chain.num_links_before, "snapshot": described}, [], tensors)
@@ -112,11 +116,14 @@ def receive(replica: Chain, delivery: Delivery) -> None:
     snapshot = header.get("snapshot")
     is_behind = bool(snapshot) and replica.num_links < snapshot["num_links"]
     num_links, hash = (snapshot["num_links"], snapshot["hash"]) if is_behind else (replica.num_links, replica.hash)
-    closed = [(digest, _restore(entry, tensors, header["current"])) for digest, entry in header["links"]]
-    new = [(digest, link) for digest, link in closed if link.index >= num_links]
+    closed = [(row[0], row[1], _restore(row[2], tensors, header["current"])) for row in header["links"]]
+    new = [(digest, link) for digest, _, link in closed if link.index >= num_links]
     opened = None if header["open"] is None else _restore(header["open"], tensors, header["current"])
     _check_order([link for _, link in new], num_links)
-    _check_digests(closed)
+    snapshot_weights = (
+        dict(zip([name for name, _ in snapshot["tensors"]], tensors[SNAPSHOT], strict=True)) if snapshot else {}
+    )
+    _check_contents(closed, snapshot, snapshot_weights)
     # All is checked before anything is merged: what is merged cannot be taken back.
     for digest, _ in new:
         hash = extend_hash(hash, digest)
@@ -124,8 +131,7 @@ def receive(replica: Chain, delivery: Delivery) -> None:
     if found != header["digest"]:
         raise VersionMismatch(f"replica would end at {found[:12]}, its server is at {header['digest'][:12]}")
     if is_behind:
-        values = dict(zip([name for name, _ in snapshot["tensors"]], tensors[SNAPSHOT], strict=True))
-        replica.restore(values, num_links=num_links, hash=snapshot["hash"])
+        replica.restore(snapshot_weights, num_links=num_links, hash=snapshot["hash"])
     for digest, link in new:
         replica.open_link(link)
         replica.close(digest=digest)
@@ -140,17 +146,17 @@ def _check_order(new: Sequence[Link], num_links: int) -> None:
         raise VersionMismatch(f"replica holds {num_links} links, those delivered are {found}")
 
 
-def _check_digests(closed: Sequence[tuple[str, Link]]) -> None:
-    """Compare each link with its digest; one whose superseded terms were left out cannot be."""
-    set_again: set[str] = set()
-    for digest, link in reversed(closed):
-        if link.digest != digest and not set_again:
-            raise VersionMismatch(f"link {link.index} is not what its digest {digest[:12]} says")
-        set_again |= {term.target for term in link.terms if isinstance(term, Set)}
+def _check_contents(closed: Sequence[tuple[str, str, Link]], snapshot: Any, weights: Mapping[str, Tensor]) -> None:  # noqa: ANN401
+    """Compare what came with the digests of what was sent (a link's own digest covers the terms left out, too)."""
+    for _, sent, link in closed:
+        if link.digest != sent:
+            raise VersionMismatch(f"link {link.index} is not what its digest {sent[:12]} says")
+    if snapshot and sketch.digest_all(weights) != snapshot["weights"]:
+        raise VersionMismatch("the snapshot is not what its digest says")
 
 
 def _unpack(header: dict[str, Any], arrays: Mapping[str, FlatArray]) -> dict[str, list[Tensor]]:
-    described = [description for _, description in header["links"]]
+    described = [row[-1] for row in header["links"]]
     described += [] if header["open"] is None else [header["open"]]
     shapes: dict[str, list[Shape]] = {}
     for description in described:

@@ -10,33 +10,18 @@ Left out: layers that mix the rows of a batch, active dropout, grouped convoluti
 """
 
 import copy
-import fnmatch
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from fedraclora.plugins import nearest
-
-ALL_LAYERS = "all"
-
-
-@dataclass(frozen=True)
-class MatrixShape:
-    """The weight of a target layer seen as a matrix: `out` rows and `in_` columns (a kernel is flattened into its columns)."""
-
-    out: int
-    in_: int
 
 
 class CohortLayer(nn.Module):
     """What every cohort layer holds: shared tensors, and the tensors of the current cohort.
 
     `lora_a` is `[rank, in]` where shared and `[clients, rank, in]` where trained, `lora_b` likewise `[out, rank]` or
-    `[clients, out, rank]`; `own_weight` and `own_bias` carry a leading client axis. All are None until `bind` sets them.
+    `[clients, out, rank]`; `own_weight` and `own_bias` carry a leading client axis. All are None until bound.
     """
 
     weight: Tensor | None
@@ -76,8 +61,7 @@ class CohortLinear(CohortLayer):
         if self.own_weight is None:
             if self.own_bias is None:
                 return F.linear(x, self.weight, self.bias)
-            y = F.linear(x, self.weight)
-            return (self.by_client(y) + self.own_bias.unsqueeze(1)).view_as(y)
+            return (self.by_client(F.linear(x, self.weight)) + self.own_bias.unsqueeze(1)).view(*x.shape[:-1], -1)
         rows, weight = self.by_client(x), self.own_weight.transpose(1, 2)
         if self.own_bias is not None:
             y = torch.baddbmm(self.own_bias.unsqueeze(1), rows, weight)
@@ -99,7 +83,7 @@ class CohortLinear(CohortLayer):
 
 
 class CohortConv2d(CohortLayer):
-    """`nn.Conv2d` for a cohort; the low-rank pair is a kernel-sized convolution to `rank` channels, then a 1 x 1 one."""
+    """`nn.Conv2d` for a cohort; its low-rank pair is a kernel-sized convolution to `rank` channels, then a 1 x 1 one."""
 
     def __init__(self, original: nn.Conv2d) -> None:
         super().__init__(original)
@@ -123,7 +107,8 @@ class CohortConv2d(CohortLayer):
             y = y if self.bias is None or self.own_bias is not None else y + self.bias[:, None, None]
         if self.own_bias is None:
             return y
-        return (y.unflatten(0, (self.num_clients, -1)) + self.own_bias[:, None, :, None, None]).flatten(0, 1)
+        by_client: Tensor = y.unflatten(0, (self.num_clients, -1))
+        return (by_client + self.own_bias[:, None, :, None, None]).flatten(0, 1)
 
     def _per_client(self, x: Tensor, kernels: Tensor, groups: int) -> Tensor:
         """Convolve each client's rows with its own kernels `[clients, channels, in / groups, height, width]`."""
@@ -132,7 +117,8 @@ class CohortConv2d(CohortLayer):
         y = F.conv2d(
             side_by_side, kernels.flatten(0, 1), None, self.stride, self.padding, self.dilation, clients * groups
         )
-        return y.unflatten(1, (clients, -1)).transpose(0, 1).flatten(0, 1)
+        by_client: Tensor = y.unflatten(1, (clients, -1))
+        return by_client.transpose(0, 1).flatten(0, 1)
 
     def _add_low_rank(self, x: Tensor, y: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         assert self.weight is not None
@@ -142,7 +128,7 @@ class CohortConv2d(CohortLayer):
         else:
             hidden = self._per_client(x, lora_a.unflatten(2, kernel), 1)
         pixels = hidden.flatten(2).unflatten(0, (self.num_clients, -1))
-        mixed = (lora_b if lora_b.ndim == 2 else lora_b.unsqueeze(1)) @ pixels
+        mixed: Tensor = (lora_b if lora_b.ndim == 2 else lora_b.unsqueeze(1)) @ pixels
         return y + self.scale * mixed.flatten(0, 1).view_as(y)
 
 
@@ -184,96 +170,48 @@ _COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
 }
 
 
-def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, MatrixShape]:
-    """Return the layers that get low-rank factors, in the model's order, with the shapes of their weights.
-
-    `targets` is `all` (every `nn.Linear` and `nn.Conv2d`), a list of names or of their last parts (`["fc1", "query"]`
-    matches `encoder.0.query`), or a regular expression that a whole name must match, as PEFT's `target_modules`.
-    Raises ValueError where nothing matches, or where a match cannot be adapted.
-    """
-    matched = {name: module for name, module in model.named_modules() if _is_target(name, module, targets)}
-    if not matched:
-        layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        raise ValueError(f"targets={targets!r} match no layer of the model; {nearest(str(targets), layers)}")
-    return {name: _matrix_shape(model, name, module) for name, module in matched.items()}
+_MIXING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bool:
-    if targets == ALL_LAYERS:
-        return isinstance(module, nn.Linear | nn.Conv2d)
-    if isinstance(targets, str):
-        return bool(name) and re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _matrix_shape(model: nn.Module, name: str, module: nn.Module) -> MatrixShape:
-    if type(module) not in (nn.Linear, nn.Conv2d) or _inside_attention(model, name):
-        raise ValueError(
-            f"layer {name!r} is a {type(module).__name__} that cannot take low-rank factors; "
-            "targets must be nn.Linear or nn.Conv2d layers that are called as modules (nn.MultiheadAttention reads its "
-            "weights directly: use separate query, key and value nn.Linear layers)"
-        )
-    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
-        raise ValueError(
-            f"layer {name!r} is a convolution with groups={module.groups} and padding_mode={module.padding_mode!r}; "
-            "low-rank factors need groups=1 and padding_mode='zeros'"
-        )
-    weight = module.weight
-    return MatrixShape(out=weight.shape[0], in_=weight[0].numel())
-
-
-def _inside_attention(model: nn.Module, name: str) -> bool:
-    parent = name.rpartition(".")[0]
-    return isinstance(model.get_submodule(parent), nn.MultiheadAttention)
-
-
-def find_dense(model: nn.Module, patterns: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """Return the parameters trained in full: those whose names match a shell pattern such as `*.bias` or `head.*`.
-
-    Raises ValueError where a pattern matches nothing, where a match is the weight of a low-rank target, or where the
-    layer that owns a match has no cohort form.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"dense pattern {pattern!r} matches no parameter; {nearest(pattern, names)}")
-    for name in chosen:
+def check_trainable(model: nn.Module, dense: Sequence[str]) -> None:
+    """Raise ValueError for a parameter that cannot be trained in full, because its layer has no cohort form."""
+    for name in dense:
         owner, _, _ = name.rpartition(".")
-        if name.endswith(".weight") and owner in targets:
-            raise ValueError(f"{name!r} is trained in full and by low-rank factors; take it out of dense or of targets")
-        if type(model.get_submodule(owner)) not in _COHORT_LAYERS:
+        layer = model.get_submodule(owner)
+        if not owner or type(layer) not in _COHORT_LAYERS:
             kinds = ", ".join(kind.__name__ for kind in _COHORT_LAYERS)
             raise ValueError(
-                f"{name!r} belongs to a {type(model.get_submodule(owner)).__name__}; only {kinds} can be trained in full"
+                f"parameter {name!r} belongs to a {type(layer).__name__}; what is trained in full must belong to one "
+                f"of {kinds} inside the model"
             )
-    return chosen
 
 
 def check_rows_stay_apart(model: nn.Module) -> None:
     """Raise ValueError for a layer that mixes the rows of a batch, or draws noise that depends on the cohort."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        if isinstance(module, _MIXING) and module.training:
             raise ValueError(
                 f"layer {name!r} is a {type(module).__name__} in training mode, which mixes the examples of different "
                 "clients; use nn.GroupNorm, or freeze it with .eval() when the model is built"
             )
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
+        if isinstance(module, _DROPOUTS) and module.p > 0 and module.training:
             raise ValueError(
-                f"layer {name!r} is an active {type(module).__name__} (p={module.p}), whose masks would depend on which "
-                "clients train together; set p=0"
+                f"layer {name!r} is an active {type(module).__name__} (p={module.p}), whose masks would depend on "
+                "which clients train together; set p=0"
             )
 
 
 class CohortModel:
     """A copy of a model whose trained layers serve a whole cohort; the rest of its forward pass is the user's own.
 
-    `low_rank` names layers, `dense` names parameters. Tensors are bound by key: `fc1.lora_a`, `fc1.lora_b` for factors and
-    the parameter's own name for what is trained in full.
+    `low_rank` names layers, `dense` names parameters. Tensors are bound by key: `fc1.lora_a`, `fc1.lora_b` for factors
+    and the parameter's own name for what is trained in full.
     """
 
     def __init__(self, model: nn.Module, *, low_rank: Sequence[str], dense: Sequence[str]) -> None:
         check_rows_stay_apart(model)
+        check_trainable(model, dense)
         self.module = copy.deepcopy(model).requires_grad_(False)
         owners = [*low_rank, *(name.rpartition(".")[0] for name in dense)]
         self._layers = {owner: self._replace(owner) for owner in dict.fromkeys(owners)}
@@ -282,10 +220,7 @@ class CohortModel:
         original = self.module.get_submodule(name)
         layer = _COHORT_LAYERS[type(original)](original)
         parent, _, child = name.rpartition(".")
-        if not name:
-            self.module = layer
-        else:
-            setattr(self.module.get_submodule(parent), child, layer)
+        setattr(self.module.get_submodule(parent), child, layer)
         return layer
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MIB = 2**20
+
 UP, DOWN = "up", "down"
 KINDS = ("setup", "update", "dense", "catch_up", "snapshot", "evaluate", "metrics", "control")
 CATCH_UP_KINDS = ("catch_up", "snapshot")

@@ -101,6 +101,13 @@ def _drawn_only(term: LowRank) -> LowRank:
     return LowRank(term.layer, term.scale, lora_a, lora_b)
 
 
+def shape_of(factor: Factor) -> Shape:
+    """Return a factor's shape without drawing it."""
+    if isinstance(factor, SketchKey):
+        return (factor.dim, factor.rank) if factor.side == "a" else (factor.rank, factor.dim)
+    return tuple(factor.shape)
+
+
 def materialize(factor: Factor, like: Tensor) -> Tensor:
     """Return the factor as a tensor with the dtype and device of `like`."""
     if isinstance(factor, SketchKey):

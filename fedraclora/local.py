@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fedraclora.data import Examples, IndexArray
 from fedraclora.layers import CohortModel
+from fedraclora.ledger import MIB
 from fedraclora.optim import CohortOptimizer, Moments
 from fedraclora.seeding import generator
 from fedraclora.tasks import RowLoss
 
 OPTIMIZERS = ("sgd", "adamw")
-MIB = 2**20
 
 
 @dataclass(frozen=True)

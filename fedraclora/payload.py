@@ -26,7 +26,7 @@ def flatten(tensors: Sequence[Tensor]) -> FlatArray:
 
 
 def unflatten(flat: FlatArray, shapes: Sequence[Shape]) -> list[Tensor]:
-    """Return tensors of the given shapes that own their memory.
+    """Return tensors of the given shapes, in memory of their own and not the message's.
 
     Raises ValueError where the number of values differs.
     """

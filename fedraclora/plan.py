@@ -45,7 +45,7 @@ class RoundPlan:
 
     @property
     def factors(self) -> list[str]:
-        """Return the keys of the trained factors in the order in which they are sent: `fc1.lora_a`, `fc1.lora_b`, ..."""
+        """Return the keys of the trained factors in the order in which they are sent: `fc1.lora_a`, `fc1.lora_b`."""
         return [f"{layer}.lora_{side}" for layer, sides in self.trained.items() for side in sides]
 
     def to_record(self) -> dict[str, Value]:

@@ -17,6 +17,9 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    if outputs.shape != targets.shape:
+        # Shapes that broadcast would give a loss of something else.
+        raise ValueError(f"the model puts out {tuple(outputs.shape)} for targets of shape {tuple(targets.shape)}")
     return 0.5 * (outputs - targets).square().flatten(1).sum(1)
 
 
@@ -41,7 +44,9 @@ def evaluate(model: nn.Module, examples: Examples, task: str, *, batch_size: int
     """
     if not len(examples):
         raise ValueError("there is no example to evaluate on")
-    loss_of, was_training = row_loss(task), model.training
+    loss_of = row_loss(task)
+    # Each module's own mode: a frozen BatchNorm must not come back in training mode.
+    modes = {module: module.training for module in model.modules()}
     total, correct = 0.0, 0
     model.eval()
     try:
@@ -51,5 +56,6 @@ def evaluate(model: nn.Module, examples: Examples, task: str, *, batch_size: int
             total += float(loss_of(outputs, targets).double().sum())
             correct += int((outputs.argmax(1) == targets).sum()) if task == "classification" else 0
     finally:
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
     return total / len(examples), correct / len(examples) if task == "classification" else None

@@ -7,9 +7,10 @@ strategy works with any Grid.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -17,12 +18,12 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedraclora.chain import Chain
 from fedraclora.delivery import deliver, sketch_digest
 from fedraclora.ledger import DOWN, UP, LedgerRow
-from fedraclora.link import materialize
+from fedraclora.link import LowRank, shape_of
 from fedraclora.plan import NO_STATE, RoundPlan
 from fedraclora.seeding import derive_seed, stream
 from strategies.method import ClientUpdate, Method, Updates
-from strategies.replies import BadReply, Expected, Reply, expected_shapes, read_reply
-from strategies.rounds import QUERY_PARTITION, RoundReport, RoundSettings, ledger_rows, sample_cohort
+from strategies.replies import BadReply, Expected, Reply, expected_shapes, read_partition, read_reply
+from strategies.rounds import NOBODY, QUERY_PARTITION, RoundReport, RoundSettings, ledger_rows, sample_cohort
 from strategies.state import BudgetTooSmall, ServerState, exceeded
 from strategies.wire import content_bytes
 
@@ -48,7 +49,7 @@ class ChainStrategy(Strategy):
         self._nodes: dict[int, int] = {}
         self._sent: dict[int, int] = {}
         self._rows: list[LedgerRow] = []
-        self._expected = Expected("", "", {}, next(iter(chain.merged.values())).dtype)
+        self._expected = Expected("", "", {}, torch.float32)
 
     # ---- the loop
 
@@ -85,21 +86,22 @@ class ChainStrategy(Strategy):
         nodes = list(grid.get_node_ids())
         ask = [Message(RecordDict(), node, QUERY_PARTITION, group_id="0") for node in nodes]
         replies = list(grid.send_and_receive(ask, timeout=timeout))
-        self._nodes = {
-            int(reply.content.metric_records["partition"]["partition-id"]): reply.metadata.src_node_id  # type: ignore[arg-type]
-            for reply in replies
-            if not reply.has_error()
-        }
-        if not self._nodes:
+        partitions: dict[int, int] = {}
+        for reply in replies:
+            partition = read_partition(reply)
+            if partition in partitions.values():
+                raise RuntimeError(f"two clients say that they own partition {partition}; each needs one of its own")
+            if partition is not None:
+                partitions[reply.metadata.src_node_id] = partition
+        if not partitions:
             raise RuntimeError(f"no client said which partition it owns ({len(nodes)} nodes were asked)")
-        partitions = {node: partition for partition, node in self._nodes.items()}
+        self._nodes = {partition: node for node, partition in partitions.items()}
         sent = [(message, message.metadata.dst_node_id, DOWN) for message in ask]
         got = [(reply, reply.metadata.src_node_id, UP) for reply in replies]
         rows = [
             row
             for message, node, direction in sent + got
-            if node in partitions
-            for row in ledger_rows(message, 0, direction, partitions[node])
+            for row in ledger_rows(message, 0, direction, partitions.get(node, NOBODY))
         ]
         return sorted(rows, key=lambda row: (row.partition, row.direction))
 
@@ -153,22 +155,19 @@ class ChainStrategy(Strategy):
     def _expect(self, plan: RoundPlan) -> Expected:
         assert self.chain.open is not None
         terms = self.chain.open.low_rank_terms()
-        factors = {}
-        for key in plan.factors:
-            layer, _, name = key.rpartition(".")
-            like = self.chain.merged[terms[layer].target]
-            factors[key] = tuple(materialize(getattr(terms[layer], name), like).shape)
+        factors = {key: _factor_shape(terms, key) for key in plan.factors}
         dense = {name: tuple(self.chain.merged[name].shape) for name in plan.dense}
+        trained = [terms[layer].target for layer in plan.trained] + list(plan.dense)
         return Expected(
             version=self.chain.digest,
             sketches=sketch_digest(self.chain.open),
             shapes=expected_shapes(factors, dense),
-            dtype=self._expected.dtype,
+            dtype=self.chain.merged[trained[0]].dtype,
         )
 
     def _content(self, plan: RoundPlan, held: int, start_state: int) -> RecordDict:
         delivery = deliver(self.chain, held)
-        record = ConfigRecord({**plan.to_record(), "start_state": start_state, "links": delivery.header})  # type: ignore[dict-item]
+        record = ConfigRecord({**plan.to_record(), "start_state": start_state, "links": delivery.header})
         arrays = {kind: ArrayRecord({"flat": Array(flat)}) for kind, flat in delivery.arrays.items()}
         return RecordDict({"plan": record, **arrays})
 
@@ -213,8 +212,8 @@ class ChainStrategy(Strategy):
         usable: dict[int, Reply] = {}
         failures: dict[int, str] = {}
         diverged = 0
-        for message in sorted(replies, key=lambda reply: partitions.get(reply.metadata.src_node_id, -1)):
-            partition = partitions.get(message.metadata.src_node_id, -1)
+        for message in sorted(replies, key=lambda reply: partitions.get(reply.metadata.src_node_id, NOBODY)):
+            partition = partitions.get(message.metadata.src_node_id, NOBODY)
             self._rows += ledger_rows(message, round, UP, partition)
             if partition not in self._sent or partition in usable or partition in failures:
                 # Paid for, but no client's one answer, so it counts neither as usable nor as failed.
@@ -280,3 +279,8 @@ class ChainStrategy(Strategy):
             if evaluate_fn is not None and (metrics := evaluate_fn(report.round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[report.round] = metrics
         return result
+
+
+def _factor_shape(terms: Mapping[str, LowRank], key: str) -> tuple[int, ...]:
+    layer, _, name = key.rpartition(".")
+    return shape_of(getattr(terms[layer], name))

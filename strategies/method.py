@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fedraclora.aggregate import weighted_mean
 from fedraclora.chain import Weights
-from fedraclora.layers import MatrixShape
 from fedraclora.link import Link, LowRank, Set, Term, Zero, materialize
 from fedraclora.sketch import SketchKey
+from fedraclora.targets import MatrixShape
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ class Method(Protocol):
         ...
 
     def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:
-        """Return the open link's new terms, given the closed weights, the link the clients started from, and updates."""
+        """Return the open link's new terms from the closed weights, the link that the clients started from, and updates.
+
+        A tensor that a link set once must be set in every later one: only the latest value is ever sent.
+        """
         ...
 
     def closes(self, updates_in_link: int) -> bool:

@@ -1,9 +1,8 @@
 """RAC-LoRA: a chain of links, in each of which one factor is drawn from a seed and only the other one is trained.
 
 G. Malinovsky, U. Michieli, H. A. A. K. Hammoud, T. Ceritli, H. Elesedy, M. Ozay, P. Richtarik, "Randomized Asymmetric
-Chain of
-LoRA: The First Meaningful Theoretical Framework for Low-Rank Adaptation", 2024, arXiv 2410.08305. Algorithm 1 is the
-chain; its federated form (the paper's Algorithm 2) is read as: for t = 0, 1, ...
+Chain of LoRA: The First Meaningful Theoretical Framework for Low-Rank Adaptation", 2024, arXiv 2410.08305.
+Algorithm 1 is the chain; its federated form (the paper's Algorithm 2) is read as: for t = 0, 1, ...
 
 1. the server names the seed of A^t; every client of the cohort draws it and sets B = 0             (`open_link`)
 2. each client trains B on its own data and sends B_k                                               (`trains`)
@@ -18,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedraclora.chain import Weights
-from fedraclora.layers import MatrixShape
 from fedraclora.link import Link, Term
 from fedraclora.plan import MOMENTS
 from fedraclora.plugins import nearest
+from fedraclora.targets import MatrixShape
 from strategies.method import Adapter, Trained, Updates, mean_update, move_from_start, replace_trained
 
 SIDES = ("b", "a", "auto")

@@ -59,9 +59,9 @@ def read_reply(message: Message, expected: Expected) -> Reply:
     metrics: Mapping[str, object] = message.content.metric_records.get("metrics", {})
     if metrics.keys() != METRIC_KEYS:
         raise BadReply(f"its metrics are {sorted(metrics)}, expected {sorted(METRIC_KEYS)}")
-    num_examples, train_loss = int(_number(metrics["num-examples"])), _number(metrics["train-loss"])
-    if num_examples < 1:
-        raise BadReply(f"it states num-examples={num_examples}, expected at least 1")
+    num_examples, train_loss = metrics["num-examples"], _number(metrics["train-loss"])
+    if not isinstance(num_examples, int) or num_examples < 1:
+        raise BadReply(f"it states num-examples={num_examples}, expected a whole number, at least 1")
     tensors = _read_tensors(message, expected)
     if not all(np.isfinite(tensor.numpy()).all() for tensor in tensors.values()):
         raise BadReply("its tensors hold NaN or infinity", is_divergence=True)
@@ -76,6 +76,15 @@ def _number(value: object) -> float:
     return float(value)
 
 
+def read_partition(message: Message) -> int | None:
+    """Return the partition that a handshake's reply names, None where it names none."""
+    if message.has_error():
+        return None
+    stated: Mapping[str, object] = message.content.metric_records.get("partition", {})
+    partition = stated.get("partition-id")
+    return partition if isinstance(partition, int) and partition >= 0 else None
+
+
 def _read_tensors(message: Message, expected: Expected) -> dict[str, Tensor]:
     records = message.content.array_records
     if set(records) != set(expected.shapes):
@@ -86,7 +95,7 @@ def _read_tensors(message: Message, expected: Expected) -> dict[str, Tensor]:
             raise BadReply(f"its record {kind!r} holds {list(records[kind])}, expected one array named 'flat'")
         try:
             values = unflatten(records[kind]["flat"].numpy(), list(shapes.values()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, EOFError) as error:
             raise BadReply(f"its record {kind!r}: {error}") from error
         if values[0].dtype != expected.dtype:
             raise BadReply(f"its record {kind!r} is {values[0].dtype}, expected {expected.dtype}")

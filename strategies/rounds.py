@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Array, Message
 
 from fedraclora.ledger import UP, LedgerRow, Traffic
 from fedraclora.local import LocalConfig
@@ -14,6 +14,8 @@ from strategies.wire import record_bytes
 
 WEIGHTINGS = ("examples", "uniform")
 QUERY_PARTITION = "query.partition"
+# Stands in the ledger for a node that never said which partition it owns.
+NOBODY = -1
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,18 @@ def ledger_rows(
     rows = [LedgerRow(round, direction, partition, rest, 0, 0, parts.pop(""))]
     for kind, size in parts.items():
         arrays = list(message.content.array_records[kind].values())
-        counts = [int(np.prod(array.shape)) for array in arrays]
-        num_bytes = sum(count * np.dtype(array.dtype).itemsize for count, array in zip(counts, arrays, strict=True))
-        rows.append(LedgerRow(round, direction, partition, kind, sum(counts), num_bytes, size))
+        num_bytes = sum(_array_bytes(array) for array in arrays)
+        rows.append(LedgerRow(round, direction, partition, kind, sum(map(_count, arrays)), num_bytes, size))
     return rows
+
+
+def _count(array: Array) -> int:
+    return int(np.prod(array.shape))
+
+
+def _array_bytes(array: Array) -> int:
+    """Return the bytes of an array's numbers; of one with a type that nobody knows, the bytes that came."""
+    try:
+        return _count(array) * np.dtype(array.dtype).itemsize
+    except TypeError:
+        return len(array.data)

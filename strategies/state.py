@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fedraclora.ledger import LedgerRow, Traffic, bytes_by_partition, summarize
-
-MIB = 2**20
+from fedraclora.ledger import MIB, LedgerRow, Traffic, bytes_by_partition, summarize
 
 
 class BudgetTooSmall(ValueError):

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from fedraclora import sketch
 from fedraclora.data import Examples
-from fedraclora.layers import CohortModel, MatrixShape, find_targets
+from fedraclora.layers import CohortModel
 from fedraclora.local import LocalClient, LocalConfig, Trainer, local_batches, train_cohort
 from fedraclora.models import mlp
 from fedraclora.seeding import derive_seed, generator
 from fedraclora.sketch import SketchKey
+from fedraclora.targets import MatrixShape, find_targets
 from fedraclora.tasks import row_loss
 
 INPUT_SHAPE, NUM_CLASSES, HIDDEN = (28, 28), 10, [200, 200]

@@ -19,11 +19,11 @@ from experiments.benchmarks.engines import HIDDEN, INPUT_SHAPE, NUM_CLASSES
 from experiments.runtimes.in_process import InProcessGrid
 from fedraclora.chain import Chain
 from fedraclora.data import Examples
-from fedraclora.layers import find_targets
 from fedraclora.local import LocalClient, LocalConfig, train_cohort
 from fedraclora.models import mlp
 from fedraclora.plan import RoundPlan
 from fedraclora.seeding import derive_seed
+from fedraclora.targets import find_targets
 from strategies import rac_lora
 from strategies.base import ChainStrategy
 from strategies.method import Adapter

@@ -36,7 +36,7 @@ def label_counts(split: Split, dataset: Dataset) -> IndexArray:
     """
     if dataset.task != "classification":
         raise ValueError(f"{dataset.name} is a {dataset.task} data set: it has no classes to count")
-    labels = dataset.train.targets.numpy()
+    labels = dataset.train.targets.cpu().numpy()
     return np.stack([np.bincount(labels[owned], minlength=dataset.num_outputs) for owned in split.indices])
 
 

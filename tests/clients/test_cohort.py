@@ -150,6 +150,18 @@ def test_resuming_from_disk_is_exact(tmp_path):
     assert go("parts", 6, resume=True) == whole
 
 
+def test_reset_moments_are_neither_kept_nor_named():
+    parts = federation(with_moments("reset"))
+    parts.run()
+    assert parts.replica.store._states == {}
+    plans = [
+        message.content.config_records["plan"]
+        for way, _, message in parts.grid.seen
+        if way == "down" and "plan" in message.content.config_records
+    ]
+    assert {plan["start_state"] for plan in plans} == {-1}
+
+
 def test_plain_sgd_keeps_no_state():
     parts = federation(settings())
     parts.run()

@@ -21,11 +21,12 @@ from tests.helpers import (
 )
 
 # What the methods' own defaults leave out: the optimiser's state, other links and sides, heads trained in full.
+EPOCHS = {"local_epochs": 1, "batch_size": 40}
 VARIANTS = [
     {"method": ("rac_lora", {"side": "a", "rounds_per_link": 2})},
-    {"method": ("rac_lora", {"side": "auto", "moments": "carry"}), "momentum": 0.9, "proximal": 0.1},
-    {"method": ("rac_lora", {"moments": "transport"}), "optimizer": "adamw", "lr": 0.01, "clip_norm": 1.0},
-    {"method": "fed_it", "local_steps": 20, "local_epochs": 1, "batch_size": 40, "weighting": "uniform"},
+    {"method": ("rac_lora", {"side": "auto", "moments": "carry"}), "momentum": 0.9, "proximal": 0.1, **EPOCHS},
+    {"method": ("rac_lora", {"moments": "transport"}), "optimizer": "adamw", "lr": 0.01, "clip_norm": 1.0, **EPOCHS},
+    {"method": "fed_it", "weighting": "uniform", **EPOCHS},
     {"method": "rac_lora", "dense": ["*.bias"], "alpha": 3.0},
 ]
 CASES = [pytest.param({"method": name}, id=name) for name in METHODS] + [

@@ -178,6 +178,20 @@ def test_the_grid_grows_until_its_best_is_interior_or_the_limit_is_reached(peak,
     np.testing.assert_allclose(ratios, 2.0, rtol=0.02)
 
 
+@given(peak=st.floats(-3, 3), refinements=st.integers(0, 4))
+def test_refining_halves_the_gap_around_the_best_each_time(peak, refinements):
+    """On a grid of ratio 4 the neighbours end 4^(1 / 2^k) apart, and the best is no farther from the peak than that."""
+    tuned = tune(
+        [4.0**step for step in range(-4, 5)], lambda rate: -abs(math.log2(rate) - peak), 0, refinements=refinements
+    )
+    rates = sorted(tuned.scores)
+    place = rates.index(tuned.best)
+    ratio = 4 ** (0.5**refinements)
+    np.testing.assert_allclose(np.divide(rates[place : place + 2], rates[place - 1 : place + 1]), ratio, rtol=0.02)
+    assert abs(math.log2(tuned.best) - peak) <= math.log2(ratio) / 2 + 0.02
+    assert tuned.is_interior
+
+
 def test_of_equal_scores_the_smaller_rate_is_taken():
     assert tune([0.1, 0.2, 0.4, 0.8], lambda rate: 1.0 if rate in (0.2, 0.4) else 0.0, 3).best == 0.2
 

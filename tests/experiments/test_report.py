@@ -298,9 +298,13 @@ def test_special_characters_are_shown_not_obeyed(tmp_path):
 
 
 def test_main_report_takes_targets_budget_refusals_and_tuning_from_beside_the_runs(tmp_path):
-    folder = write_run(Made("m", [0.1, 0.9], settings={"target_accuracies": [0.75], "budget_mib": 4.0}), tmp_path / "run")
+    folder = write_run(
+        Made("m", [0.1, 0.9], settings={"target_accuracies": [0.75], "budget_mib": 4.0}), tmp_path / "run"
+    )
     (tmp_path / "refused.json").write_text(json.dumps({"dear": "no round affordable"}))
-    (tmp_path / "tuning.csv").write_text("method,lr,score,is_best,is_interior\nm,0.125,0.9,True,True\nm,8,,False,True\n")
+    (tmp_path / "tuning.csv").write_text(
+        "method,lr,score,is_best,is_interior\nm,0.125,0.9,True,True\nm,8,,False,True\n"
+    )
     main_report([folder], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     for shown in ("75 %", "accuracy at 4 MiB", "no round affordable", "0.125", "not known"):

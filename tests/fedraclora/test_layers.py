@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedraclora.data import Examples
-from fedraclora.layers import CohortModel, MatrixShape, check_rows_stay_apart, find_dense, find_targets
+from fedraclora.layers import CohortModel, check_rows_stay_apart
 from fedraclora.local import LocalClient, LocalConfig, Trainer, train_cohort
 from fedraclora.models import cnn
+from fedraclora.targets import MatrixShape, find_dense, find_targets
 from fedraclora.tasks import row_loss
 
 SIDES = ("b", "a", "ab")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedraclora.data import Examples
-from fedraclora.layers import CohortModel, MatrixShape, find_targets
+from fedraclora.layers import CohortModel
 from fedraclora.local import LocalClient, LocalConfig, LocalResult, Trainer, local_batches, train_cohort
+from fedraclora.targets import MatrixShape, find_targets
 from fedraclora.tasks import row_loss
 
 SCALE = 0.7

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fedraclora.layers import MatrixShape
 from fedraclora.link import Link, LowRank, Set, Zero
 from fedraclora.sketch import SketchKey
+from fedraclora.targets import MatrixShape
 from strategies.method import Adapter, ClientUpdate, mean_update, move_from_start, replace_trained
 
 SHAPES = {"fc1": MatrixShape(out=6, in_=9), "fc2": MatrixShape(out=4, in_=6)}

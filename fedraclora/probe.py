@@ -1,0 +1,56 @@
+"""One look at a model before it is trained: do its clients stay apart, and does every trained tensor matter?
+
+Batched training is right only if a client's outputs depend on its own rows and its own tensors. Layers can be checked
+by their type, a forward pass cannot: one that swaps axes, pools over the batch or reads a weight without calling its
+layer is found by running two clients together and alone.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedraclora.layers import CohortModel
+
+ROWS = 2
+TOLERANCE = 1e-3
+
+
+def check_clients_stay_apart(model: CohortModel, start: Mapping[str, Tensor], inputs: Tensor) -> None:
+    """Raise ValueError where two clients together do not compute what each computes alone.
+
+    `start` are the tensors that one client trains, `inputs` `[num, *input_shape]` any real rows. The model's shared
+    weights and frozen factors must be in place.
+    """
+    rows = inputs[torch.arange(2 * ROWS, device=inputs.device) % len(inputs)]
+    noise = torch.Generator().manual_seed(0)
+    both = {
+        key: tensor + 0.1 * torch.randn((2, *tensor.shape), generator=noise).to(tensor) for key, tensor in start.items()
+    }
+    leaves = {key: tensor.requires_grad_() for key, tensor in both.items()}
+    model.bind(leaves, num_clients=2)
+    together = model(rows)
+    _check_all_used(leaves, together)
+    with torch.no_grad():
+        for client in range(2):
+            own = slice(client * ROWS, (client + 1) * ROWS)
+            model.bind({key: tensor[client : client + 1] for key, tensor in both.items()}, num_clients=1)
+            alone = model(rows[own])
+            if alone.shape[0] != ROWS or not _close(alone, together[own]):
+                raise ValueError(
+                    "the model mixes the rows of different clients: two clients together do not compute what each "
+                    "computes alone; keep the batch as the first axis in every layer, and do not pool over it"
+                )
+
+
+def _close(alone: Tensor, together: Tensor) -> bool:
+    return bool((alone - together).norm() <= TOLERANCE * (1 + alone.norm()))
+
+
+def _check_all_used(leaves: Mapping[str, Tensor], outputs: Tensor) -> None:
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(outputs.sum(), list(leaves.values()), allow_unused=True)
+    unused = [key for key, gradient in zip(leaves, gradients, strict=True) if gradient is None]
+    if unused:
+        raise ValueError(
+            f"the model's outputs do not depend on {unused}: a layer must be called as a module, not through its weight"
+        )
