@@ -86,9 +86,16 @@ class Chain:
         self.open, self.updates_in_link = link, 0
 
     def update(self, terms: Sequence[Term], *, close: bool) -> None:
-        """Replace the open link's terms by `terms`, then merge it for good where `close` says so."""
+        """Replace the open link's terms by `terms`, then merge it for good where `close` says so.
+
+        Raises ValueError where no link is open, or where `terms` no longer set a tensor that the open link sets:
+        replicas were sent its newest value only, and could not go back to an older one.
+        """
         if self.open is None:
             raise ValueError("no link is open; open one before updating it")
+        forgotten = set_targets([self.open]) - set_targets([Link(self.open.index, tuple(terms))])
+        if forgotten:
+            raise ValueError(f"the open link sets {sorted(forgotten)}; its next terms must set them too")
         self.open = Link(self.open.index, tuple(terms))
         self.version += 1
         self.updates_in_link += 1
@@ -148,13 +155,18 @@ def extend_hash(previous: str, link_digest: str) -> str:
     return hashlib.sha256(f"{previous}{link_digest}".encode()).hexdigest()
 
 
+def set_targets(links: Sequence[Link]) -> set[str]:
+    """Return the tensors that the links set."""
+    return {term.target for link in links for term in link.terms if isinstance(term, Set)}
+
+
 def drop_superseded(links: Sequence[Link]) -> list[Link]:
     """Return the links without `Set` terms that a later link sets again: only the latest value is ever sent."""
     seen: set[str] = set()
     kept: list[Link] = []
     for link in reversed(links):
         terms = tuple(term for term in link.terms if not (isinstance(term, Set) and term.target in seen))
-        seen |= {term.target for term in terms if isinstance(term, Set)}
+        seen |= set_targets([link])
         kept.append(Link(link.index, terms))
     return kept[::-1]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fedraclora import link as links
 from fedraclora import sketch
-from fedraclora.chain import Chain, drop_superseded, extend_hash
-from fedraclora.link import Json, Link, LowRank, Set
+from fedraclora.chain import Chain, drop_superseded, extend_hash, set_targets
+from fedraclora.link import Json, Link, LowRank
 from fedraclora.payload import FlatArray, Shape, flatten, unflatten
 
 UPDATE, DENSE, CATCH_UP, SNAPSHOT = "update", "dense", "catch_up", "snapshot"
@@ -58,8 +58,8 @@ def _replay(chain: Chain, num_held: int) -> Delivery:
 
 def _snapshot(chain: Chain) -> Delivery:
     # What the open link sets comes with it.
-    set_again = {term.target for term in chain.open.terms if isinstance(term, Set)} if chain.open is not None else set()
-    names = sorted({term.target for link in chain.links for term in link.terms} - set_again)
+    opened = [] if chain.open is None else [chain.open]
+    names = sorted({term.target for link in chain.links for term in link.terms} - set_targets(opened))
     tensors = {name: chain.merged[name] for name in names}
     described = {
         "num_links": chain.num_links,

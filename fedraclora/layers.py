@@ -83,7 +83,7 @@ class CohortLinear(CohortLayer):
 
 
 class CohortConv2d(CohortLayer):
-    """`nn.Conv2d` for a cohort; its low-rank pair is a kernel-sized convolution to `rank` channels, then a 1 x 1 one."""
+    """`nn.Conv2d` for a cohort; its low-rank pair is a convolution to `rank` channels, then one of size 1 x 1."""
 
     def __init__(self, original: nn.Conv2d) -> None:
         super().__init__(original)

@@ -50,9 +50,9 @@ class Method(Protocol):
         ...
 
     def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:
-        """Return the open link's new terms from the closed weights, the link that the clients started from, and updates.
+        """Return the open link's new terms from the closed weights, the link the clients started from, and updates.
 
-        A tensor that a link set once must be set in every later one: only the latest value is ever sent.
+        A tensor that the open link sets must be set by its next terms too: only the latest value is ever sent.
         """
         ...
 

@@ -17,7 +17,7 @@ def record(folder, num_rounds, **options):
     recorder.start(parts.chain)
     for report in parts.iterate():
         row = round_row(report, parts.strategy.state.traffic, method="rac_lora", seed=0)
-        recorder.commit(row, report, parts.chain, parts.strategy.state)
+        recorder.commit(row, report, parts.chain, parts.strategy.state, has_diverged=False)
     return recorder, parts
 
 

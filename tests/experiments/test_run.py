@@ -115,7 +115,7 @@ def test_another_run_is_not_continued(tmp_path, key, value):
         run(settings(rounds=2, out=str(tmp_path / "run"), resume=True, **{key: value}), Silent())
 
 
-@pytest.mark.parametrize("changes", [{"threads": 2}, {"chunk_mib": 1.0}, {"budget_mib": 100.0}, {"name": "other"}])
+@pytest.mark.parametrize("changes", [{"budget_mib": 100.0}, {"name": "other"}])
 def test_what_decides_no_result_may_change(tmp_path, changes):
     run(settings(rounds=1, out=str(tmp_path / "run")), Silent())
     run(settings(rounds=2, out=str(tmp_path / "run"), resume=True, **changes), Silent())

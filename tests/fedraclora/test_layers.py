@@ -279,22 +279,6 @@ def test_loaded_weights_are_the_ones_computed_with() -> None:
     torch.testing.assert_close(cohort(inputs), second(inputs), rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_model_that_is_itself_a_layer_can_be_adapted_in_full() -> None:
-    layer = nn.Linear(3, 2).double()
-    cohort = CohortModel(layer, low_rank=[""], dense=[])
-    factors = _factors("", MatrixShape(2, 3), 1, "b", 2)
-    cohort.bind(factors, num_clients=2)
-    inputs = torch.randn(2, 3, dtype=torch.float64)
-    expected = [
-        inputs[client] @ (layer.weight + factors[".lora_b"][client] @ factors[".lora_a"]).T + layer.bias
-        for client in range(2)
-    ]
-    torch.testing.assert_close(cohort(inputs), torch.stack(expected), rtol=TOLERANCE, atol=TOLERANCE)
-
-
-# ---- what would mix clients is refused ----
-
-
 def test_batch_norm_in_training_mode_is_refused_with_advice() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
     with pytest.raises(ValueError, match=r"'1' is a BatchNorm2d.*nn\.GroupNorm"):
@@ -412,7 +396,7 @@ def test_a_weight_is_not_trained_in_two_ways() -> None:
 def test_parameters_of_layers_without_a_cohort_form_are_refused() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
     with pytest.raises(
-        ValueError, match=r"'0\.weight' belongs to a Embedding; only Linear, Conv2d, GroupNorm, LayerNorm"
+        ValueError, match=r"'0\.weight' belongs to a Embedding; .* one of Linear, Conv2d, GroupNorm, LayerNorm"
     ):
         find_dense(model, ["*.weight"], [])
 
