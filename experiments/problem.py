@@ -14,7 +14,7 @@ from fedraclora.chain import Chain
 from fedraclora.data import Dataset, Examples, Split, check_dataset, holdout
 from fedraclora.finished import ModelCard
 from fedraclora.ledger import MIB
-from fedraclora.local import LocalConfig
+from fedraclora.local_config import LocalConfig
 from fedraclora.models import initial_model
 from fedraclora.partitions import make_split
 from fedraclora.plan import RoundPlan

@@ -143,7 +143,7 @@ class CohortNorm(CohortLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised input, scaled and shifted by the shared or the client's own affine part."""
-        y = self.plain(x)
+        y: Tensor = self.plain(x)
         weight = self._broadcast(self.own_weight if self.own_weight is not None else self.weight, x)
         bias = self._broadcast(self.own_bias if self.own_bias is not None else self.bias, x)
         y = y if weight is None else y * weight

@@ -7,10 +7,11 @@ one common norm.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from fedraclora.local_config import LocalConfig
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -25,27 +26,10 @@ class Moments:
     num_steps: int = 0
 
 
-class OptimizerConfig(Protocol):
-    """The settings that an optimiser reads."""
-
-    @property
-    def optimizer(self) -> str: ...  # noqa: D102
-    @property
-    def lr(self) -> float: ...  # noqa: D102
-    @property
-    def momentum(self) -> float: ...  # noqa: D102
-    @property
-    def weight_decay(self) -> float: ...  # noqa: D102
-    @property
-    def proximal(self) -> float: ...  # noqa: D102
-    @property
-    def clip_norm(self) -> float: ...  # noqa: D102
-
-
 class CohortOptimizer:
     """Moves the stacked tensors of a chunk; `values` maps keys to `[clients, ...]`."""
 
-    def __init__(self, config: OptimizerConfig, start: Mapping[str, Tensor], moments: Sequence[Moments | None]) -> None:
+    def __init__(self, config: LocalConfig, start: Mapping[str, Tensor], moments: Sequence[Moments | None]) -> None:
         clients = len(moments)
         self.config = config
         self.start = start

@@ -7,7 +7,7 @@ trained, how, and from which stored state. Every method of this project is such 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
-from fedraclora.local import LocalConfig
+from fedraclora.local_config import LocalConfig
 
 Scalar = int | float | str | bool
 Value = Scalar | list[int] | list[float] | list[str]

@@ -7,7 +7,7 @@ import numpy as np
 from flwr.app import Array, Message
 
 from fedraclora.ledger import UP, LedgerRow, Traffic
-from fedraclora.local import LocalConfig
+from fedraclora.local_config import LocalConfig
 from fedraclora.seeding import derive_seed, generator, stream
 from strategies.state import Budget
 from strategies.wire import record_bytes

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fedraclora import sketch
 from fedraclora.data import Examples
 from fedraclora.layers import CohortModel
-from fedraclora.local import LocalClient, LocalConfig, Trainer, local_batches, train_cohort
+from fedraclora.local import LocalClient, Trainer, local_batches, train_cohort
+from fedraclora.local_config import LocalConfig
 from fedraclora.models import mlp
 from fedraclora.seeding import derive_seed, generator
 from fedraclora.sketch import SketchKey

@@ -19,7 +19,8 @@ from experiments.benchmarks.engines import HIDDEN, INPUT_SHAPE, NUM_CLASSES
 from experiments.runtimes.in_process import InProcessGrid
 from fedraclora.chain import Chain
 from fedraclora.data import Examples
-from fedraclora.local import LocalClient, LocalConfig, train_cohort
+from fedraclora.local import LocalClient, train_cohort
+from fedraclora.local_config import LocalConfig
 from fedraclora.models import mlp
 from fedraclora.plan import RoundPlan
 from fedraclora.seeding import derive_seed
