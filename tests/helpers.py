@@ -1,10 +1,14 @@
 """What several tests build: settings of a tiny run, the federation of such settings, and grids that watch or meddle."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MessageType
 
@@ -162,6 +166,34 @@ def edit_array(reply: Message, change, kind: str | None = None) -> Message:
     values = reply.content.array_records[name]["flat"].numpy().copy()
     reply.content[name] = ArrayRecord({"flat": Array(change(values))})
     return reply
+
+
+def put(value: float):
+    """Return a change of an array, for `edit_array`: one of its numbers becomes `value`."""
+
+    def change(values: np.ndarray) -> np.ndarray:
+        values[len(values) // 2] = value
+        return values
+
+    return change
+
+
+def spoil(change, partition: int, only_round: int = 2) -> Fault:
+    """Return a fault that hits one client in one round."""
+
+    def fault(who: int, reply: Message) -> Message | None:
+        is_hit = who == partition and reply.metadata.group_id == str(only_round)
+        return change(reply) if is_hit else reply
+
+    return fault
+
+
+def plug_in(monkeypatch: pytest.MonkeyPatch, name: str, config: type, build) -> str:
+    """Make a plug-in that exists for one test only, and return the dotted path that leads to it."""
+    module = ModuleType(f"made_up.{name}")
+    vars(module).update(Config=dataclass(config), build=build)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module.__name__
 
 
 def error_reply(reply: Message) -> Message:

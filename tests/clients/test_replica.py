@@ -50,6 +50,24 @@ def test_the_trained_part_starts_at_zero_and_the_model_as_the_server_has_it(part
     torch.testing.assert_close(trainer.model(inputs), model(inputs), rtol=1e-6, atol=1e-6)
 
 
+def test_a_plan_for_some_layers_computes_with_the_other_layers_terms_merged():
+    """The open link of two layers was trained before; now only one of them goes on."""
+    parts = federation(settings(method=("rac_lora", {"rounds_per_link": 0}), dtype="float64", dense=["fc2.bias"]))
+    parts.run()
+    parts.replica.receive([deliver(parts.chain, parts.replica.chain.num_links)])
+    terms = parts.chain.open.low_rank_terms()
+    assert all(float(term.lora_b.abs().max()) > 0 for term in terms.values())
+    inputs = parts.problem.dataset.test.inputs[:5]
+    model = parts.problem.model
+    model.load_state_dict(parts.chain.weights())
+    for layer in terms:
+        trainer, start = parts.replica.prepare(RoundPlan(round=9, trained={layer: "b"}))
+        assert list(start) == [f"{layer}.lora_b"]
+        assert torch.equal(start[f"{layer}.lora_b"], terms[layer].lora_b)
+        trainer.model.bind({key: tensor.unsqueeze(0) for key, tensor in start.items()}, num_clients=1)
+        torch.testing.assert_close(trainer.model(inputs), model(inputs), rtol=1e-12, atol=1e-12)
+
+
 def test_training_moves_and_differentiates_nothing_but_the_trained_part(parts):
     trainer, start = parts.replica.prepare(plan(parts))
     frozen = list(trainer.model.module.state_dict().values())

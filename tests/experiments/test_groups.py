@@ -5,7 +5,7 @@ import pytest
 from experiments.groups import GROUPS, allow_new_keys, configure, named_config, plain_values
 from experiments.settings import CompareSettings, Settings
 from fedraclora.plugins import UnknownPlugin, names
-from tests.helpers import settings
+from tests.helpers import plug_in, settings
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,13 @@ def test_plain_values_go_all_the_way_down():
     assert values["rank"] == 3
     assert values["method"]["name"] == "rac_lora"
     assert values["sketch"] == {"law": "orthonormal"}
+
+
+def test_a_plug_in_may_not_have_a_setting_called_name(monkeypatch):
+    class Config:
+        name: str = "mine"
+
+    path = plug_in(monkeypatch, "named", Config, lambda config, adapter: None)
+    for act in (lambda: named_config("method", path), lambda: configure("method", path, {})):
+        with pytest.raises(ValueError, match=r"method 'made_up\.named' has a setting called 'name'.*rename it"):
+            act()

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from experiments.problem import load_dataset, prepare
-from tests.helpers import same_weights, settings
+from fedraclora.data import Dataset, Examples
+from tests.helpers import plug_in, same_weights, settings
 
 
 def test_scale_is_alpha_over_rank_and_alpha_is_the_rank_by_default():
@@ -65,7 +67,11 @@ def test_dtype_and_lr_go_where_they_belong():
         ({"alpha": 0.0}, "alpha"),
         ({"eval_split": "train"}, "eval_split"),
         ({"keep_versions": "some"}, "keep_versions"),
-        ({"chunk_mib": 0.0}, "chunk_mib"),
+        *(
+            ({limit: value}, f"{limit}={value} must be positive and finite")
+            for limit in ("budget_mib", "uplink_mib", "per_client_mib", "chunk_mib")
+            for value in (float("nan"), -1.0, 0.0, float("inf"))
+        ),
         ({"eval_every": 0}, "eval_every"),
         ({"threads": -1}, "threads"),
         ({"device": "cuda:7"}, "not available"),
@@ -84,3 +90,94 @@ def test_dtype_and_lr_go_where_they_belong():
 def test_what_cannot_be_run_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         prepare(settings(**changes))
+
+
+# ---- models from outside, looked at before anything is trained
+
+
+class Plain:
+    """The configuration of a model without settings."""
+
+
+class Net(nn.Module):
+    """Two layers, and what `extra(net)` adds to them, which the forward pass does not use."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.flatten, self.fc1, self.fc2 = nn.Flatten(), nn.Linear(64, 12), nn.Linear(12, 10)
+        extra(self)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(self.flatten(x)).relu())
+
+
+def with_model(monkeypatch, extra, **changes):
+    """Return the settings of a run of `Net` with something extra in it."""
+    return settings(
+        model=plug_in(monkeypatch, "net", Plain, lambda config, *, input_shape, num_outputs: Net(extra)), **changes
+    )
+
+
+def tied_layers(net):
+    net.fc3 = nn.Linear(64, 12)
+    net.fc3.weight = net.fc1.weight
+
+
+def tied_buffer(net):
+    net.register_buffer("copy", net.fc1.bias.data)
+
+
+def empty_buffers(net):
+    """Two tensors without numbers have the same address, and are not tied for that."""
+    net.register_buffer("empty1", torch.zeros(0))
+    net.register_buffer("empty2", torch.zeros(0))
+
+
+@pytest.mark.parametrize("method", ["rac_lora", "full"])
+@pytest.mark.parametrize(
+    ("extra", "names"), [(tied_layers, "'fc1.weight' and 'fc3.weight'"), (tied_buffer, "'copy' and 'fc1.bias'")]
+)
+def test_tied_weights_are_refused_by_name(monkeypatch, method, extra, names):
+    with pytest.raises(ValueError, match=f"{names} are one tensor; .*untie"):
+        prepare(with_model(monkeypatch, extra, method=method))
+
+
+def test_empty_tensors_are_not_tied(monkeypatch):
+    prepare(with_model(monkeypatch, empty_buffers))
+
+
+def embedding(net):
+    net.embedding = nn.Embedding(5, 4)
+
+
+def root_parameter(net):
+    net.scale = nn.Parameter(torch.ones(10))
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [(embedding, "'embedding.weight' belongs to a Embedding"), (root_parameter, "'scale' belongs to a Net")],
+)
+def test_full_refuses_a_parameter_that_it_cannot_train_and_low_rank_methods_leave_it_alone(monkeypatch, extra, words):
+    with pytest.raises(ValueError, match=f"parameter {words}; .*Linear, Conv2d, GroupNorm, LayerNorm"):
+        prepare(with_model(monkeypatch, extra, method="full"))
+    prepare(with_model(monkeypatch, extra))
+
+
+def test_a_model_that_mixes_its_clients_is_refused(monkeypatch):
+    class Mixing(Net):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    path = plug_in(monkeypatch, "net", Plain, lambda config, *, input_shape, num_outputs: Mixing(lambda net: None))
+    with pytest.raises(ValueError, match="mixes the rows of different clients"):
+        prepare(settings(model=path))
+
+
+def test_a_dataset_that_does_not_fit_its_description_is_refused(monkeypatch):
+    def build(config, *, seed):
+        examples = Examples(torch.zeros(40, 64), torch.arange(40) % 11)
+        return Dataset("off", examples, examples, "classification", 10)
+
+    with pytest.raises(ValueError, match="off: the train targets .*from 0 to 10; .*labels from 0 to 9"):
+        prepare(settings(dataset=plug_in(monkeypatch, "off", Plain, build)))

@@ -1,17 +1,22 @@
 """A run from Python: what it returns, writes and keeps."""
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
+from torch import nn
 
+import experiments.run
 from experiments.problem import prepare
-from experiments.run import Diverged, run
+from experiments.run import Diverged, NothingTrained, run
+from experiments.runtimes.in_process import InProcessGrid
 from fedraclora.files import read_json
 from fedraclora.finished import load_run
 from fedraclora.tasks import evaluate
-from tests.helpers import Silent, settings
+from tests.helpers import METHODS, Silent, error_reply, plug_in, settings
 
 
 def test_the_summary_is_what_is_written_and_agrees_with_the_tables(tmp_path):
@@ -85,6 +90,70 @@ def test_divergence_keeps_the_rounds_before(tmp_path):
     assert load_run(tmp_path / "run").chain().digest == summary["chain_digest"]
 
 
+def test_a_run_that_diverged_is_at_its_end(tmp_path):
+    chosen = {"lr": 1e9, "out": str(tmp_path / "run")}
+    with pytest.raises(Diverged):
+        run(settings(rounds=30, **chosen), Silent())
+    names = ("rounds.csv", "ledger.csv", "state.json", "chain/index.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
+    last = read_json(tmp_path / "run" / "summary.json")["num_rounds"]
+    watcher = Silent()
+    with pytest.raises(Diverged, match=f"this run diverged in round {last}; nothing can be added"):
+        run(settings(rounds=60, resume=True, **chosen), watcher)
+    assert watcher.rows == []
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "diverged"
+
+
+def fail_in(monkeypatch, *rounds):
+    """Let every client fail in these rounds."""
+
+    def fault(who, reply):
+        return error_reply(reply) if int(reply.metadata.group_id) in rounds else reply
+
+    monkeypatch.setattr(experiments.run, "InProcessGrid", partial(InProcessGrid, fault=fault))
+
+
+def test_a_first_round_in_which_every_client_fails_ends_the_run_with_the_reason(tmp_path, monkeypatch):
+    fail_in(monkeypatch, 1)
+    watcher = Silent()
+    with pytest.raises(NothingTrained, match=r"all clients of the first round failed; client \d: client error 2"):
+        run(settings(out=str(tmp_path / "run")), watcher)
+    assert [(row["round"], row["num_ok"]) for row in watcher.rows] == [(0, 0), (1, 0)]
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert (summary["status"], summary["num_rounds"]) == ("failed", 1)
+    assert load_run(tmp_path / "run").chain().digest == summary["chain_digest"]
+
+
+def test_later_rounds_may_fail_whole(tmp_path, monkeypatch):
+    fail_in(monkeypatch, 2, 3)
+    assert run(settings(rounds=4, out=str(tmp_path / "run")), Silent())["status"] == "finished"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_whose_first_tensor_holds_integers_trains(tmp_path, monkeypatch, method):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("num_calls", torch.tensor(3))
+            self.flatten, self.fc1, self.fc2 = nn.Flatten(), nn.Linear(64, 12), nn.Linear(12, 10)
+
+        def forward(self, x):
+            return self.fc2(self.fc1(self.flatten(x)).relu())
+
+    class Config:
+        pass
+
+    name = plug_in(monkeypatch, "counting", Config, lambda config, *, input_shape, num_outputs: Counting())
+    chosen = settings(model=name, method=method, momentum=0.5, out=str(tmp_path / "run"))
+    assert next(iter(prepare(chosen).model.state_dict())) == "num_calls"
+    run(chosen, Silent())
+    rounds = pd.read_csv(tmp_path / "run" / "rounds.csv")
+    assert list(rounds["num_ok"]) == [0, 3, 3, 3]
+    assert rounds["test_loss"].iloc[-1] < rounds["test_loss"].iloc[0]
+    assert load_run(tmp_path / "run").chain().weights()["num_calls"].item() == 3
+
+
 def test_a_failure_in_the_middle_leaves_a_run_that_can_be_resumed(tmp_path):
     class Fails(Silent):
         def on_round(self, row, num_rounds):
@@ -108,7 +177,10 @@ def test_a_run_leaves_torch_as_it_was(tmp_path):
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize(("key", "value"), [("rank", 3), ("seed", 1), ("method", "full"), ("dtype", "float64")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rank", 3), ("seed", 1), ("method", "full"), ("dtype", "float64"), ("threads", 2), ("chunk_mib", 1.0)],
+)
 def test_another_run_is_not_continued(tmp_path, key, value):
     run(settings(rounds=1, out=str(tmp_path / "run")), Silent())
     with pytest.raises(ValueError, match=f"{key} was"):
@@ -119,3 +191,16 @@ def test_another_run_is_not_continued(tmp_path, key, value):
 def test_what_decides_no_result_may_change(tmp_path, changes):
     run(settings(rounds=1, out=str(tmp_path / "run")), Silent())
     run(settings(rounds=2, out=str(tmp_path / "run"), resume=True, **changes), Silent())
+
+
+def test_the_settings_on_disk_are_those_of_the_last_resume(tmp_path):
+    def written():
+        return OmegaConf.load(tmp_path / "run" / "settings.yaml").rounds
+
+    run(settings(rounds=1, out=str(tmp_path / "run")), Silent())
+    assert written() == 1
+    run(settings(rounds=2, out=str(tmp_path / "run"), resume=True), Silent())
+    assert written() == 2
+    with pytest.raises(ValueError, match="rank was"):
+        run(settings(rounds=3, rank=1, out=str(tmp_path / "run"), resume=True), Silent())
+    assert written() == 2

@@ -158,13 +158,30 @@ def test_an_update_replaces_what_the_open_link_said() -> None:
     replaced, direct = Chain.start(_base()), Chain.start(_base())
     for chain in (replaced, direct):
         chain.open_link(_new_link(0))
-    replaced.update([_trained(5), Set("fc1.bias", torch.ones(OUT))], close=False)
+    replaced.update(
+        [_trained(5), Set("fc1.bias", torch.ones(OUT)), Dense("fc1.weight", torch.ones(OUT, IN))], close=False
+    )
     for chain in (replaced, direct):
-        chain.update([_trained(0)], close=False)
+        chain.update([_trained(0), Set("fc1.bias", torch.zeros(OUT))], close=False)
     assert equal_weights(replaced.weights(), direct.weights())
     assert replaced.digest == direct.digest
     assert (replaced.version, replaced.updates_in_link) == (2, 2)
     assert (direct.version, direct.updates_in_link) == (1, 1)
+
+
+def test_an_update_may_not_forget_a_tensor_that_the_open_link_sets() -> None:
+    """Replicas may never have been sent the older value, so nothing could bring it back."""
+    chain = Chain.start(_base())
+    chain.open_link(_new_link(0))
+    chain.update([_trained(0), Set("fc1.bias", torch.ones(OUT))], close=False)
+    digest = chain.digest
+    for terms in ([_trained(1)], [_trained(1), Dense("fc1.bias", torch.ones(OUT))]):
+        with pytest.raises(ValueError, match=r"open link sets \['fc1\.bias'\]; its next terms must set them too"):
+            chain.update(terms, close=True)
+    assert (chain.digest, chain.version, chain.num_links) == (digest, 1, 0)
+    chain.update([Set("fc1.bias", torch.zeros(OUT))], close=True)
+    chain.open_link(_new_link(1))
+    chain.update([_trained(1)], close=True)
 
 
 def test_counters_follow_updates_and_closed_links() -> None:

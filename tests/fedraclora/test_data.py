@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.data import Dataset, Examples, Split, choose_stratified, holdout
+from fedraclora.data import Dataset, Examples, Split, check_dataset, choose_stratified, holdout
 
 
 def dataset_of(labels, task="classification", *, groups=None):
@@ -118,3 +118,47 @@ def test_select_follows_the_order_of_the_indices():
 def test_dataset_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         dataset_of([0, 1, 2]).name = "other"
+
+
+# ---- a data set fits its own description
+
+
+def regression_of(targets):
+    examples = Examples(torch.zeros(3, 1), targets)
+    return Dataset("made_up", examples, examples, "regression", 2)
+
+
+def test_data_sets_that_fit_their_description_are_accepted():
+    check_dataset(dataset_of([0, 3, 1]))
+    check_dataset(dataset_of([0, 3, 1], groups=np.array([5, 5, 9])))
+    check_dataset(regression_of(torch.zeros(3, 2)))
+
+
+BAD_PARTS = {
+    "fewer targets": (Examples(torch.zeros(4, 1), torch.tensor([0, 1, 2])), r"\(3,\) torch.int64 for 4 inputs"),
+    "no example": (Examples(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)), "for 0 inputs.*must be some"),
+    "float labels": (Examples(torch.zeros(3, 1), torch.zeros(3)), r"torch.float32; .*needs \[num\] int64 labels"),
+    "short labels": (Examples(torch.zeros(3, 1), torch.zeros(3, dtype=torch.int32)), "torch.int32; .*int64 labels"),
+    "one-hot labels": (Examples(torch.zeros(3, 1), torch.eye(3, 4, dtype=torch.int64)), r"\(3, 4\).*needs \[num\]"),
+    "label too large": (Examples(torch.zeros(3, 1), torch.tensor([1, 4, 2])), "from 1 to 4; .*labels from 0 to 3"),
+    "label negative": (Examples(torch.zeros(3, 1), torch.tensor([-1, 3, 2])), "from -1 to 3; .*labels from 0 to 3"),
+}
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("name", BAD_PARTS)
+def test_examples_that_do_not_fit_are_refused_by_part(name, part):
+    bad, words = BAD_PARTS[name]
+    with pytest.raises(ValueError, match=f"made_up: the {part} targets are .*{words}"):
+        check_dataset(dataclasses.replace(dataset_of([0, 3, 1]), **{part: bad}))
+
+
+@pytest.mark.parametrize("targets", [torch.zeros(3), torch.zeros(3, 1), torch.zeros(3, 2, 1)])
+def test_regression_needs_a_column_an_output(targets):
+    with pytest.raises(ValueError, match=r"the train targets are .*num_outputs=2 needs \[num, num_outputs\]"):
+        check_dataset(regression_of(targets))
+
+
+def test_each_training_example_needs_one_group():
+    with pytest.raises(ValueError, match="made_up: 2 groups for 3 training examples"):
+        check_dataset(dataset_of([0, 3, 1], groups=np.array([5, 9])))

@@ -248,6 +248,41 @@ def test_a_value_that_a_later_link_sets_again_is_not_sent() -> None:
         assert sent.get(CATCH_UP, 0) == (5 - 1 - num_held) * LINK_BYTES
 
 
+HEAD_BYTES = FLOAT_BYTES * HEAD
+
+
+def test_a_value_that_the_open_link_sets_again_is_not_sent_with_closed_links() -> None:
+    server = _grown(3, dense=["head.bias", "norm.weight"])
+    _advance(server, close=False, dense=["head.bias"])
+    # Of the closed links only the newest norm is left to send.
+    expected = {CATCH_UP: 3 * LINK_BYTES + HEAD_BYTES, UPDATE: LINK_BYTES, DENSE: HEAD_BYTES}
+    assert _num_bytes(deliver(server, 0)) == expected
+    for num_held in range(4):
+        replica = _start()
+        receive(replica, deliver(_grown(num_held, dense=["head.bias", "norm.weight"]), 0))
+        receive(replica, deliver(server, num_held))
+        _assert_same(replica, server)
+
+
+def test_a_value_that_the_open_link_sets_again_is_not_in_a_snapshot() -> None:
+    server = _grown(IN, dense=["head.bias", "norm.weight"])
+    _advance(server, close=False, dense=["head.bias"])
+    delivery = deliver(server, 0)
+    expected = {SNAPSHOT: SNAPSHOT_BYTES + HEAD_BYTES, UPDATE: LINK_BYTES, DENSE: HEAD_BYTES}
+    assert _num_bytes(delivery) == expected
+    replica = _start()
+    receive(replica, delivery)
+    _assert_same(replica, server)
+    # Once the link is closed its value is part of the weights again, for old replicas and for new ones.
+    _advance(server, dense=["head.bias"])
+    receive(replica, deliver(server, IN))
+    late = _start()
+    receive(late, deliver(server, 0))
+    for one in (replica, late):
+        _assert_same(one, server)
+        assert equal_weights(one.merged, server.merged)
+
+
 def test_a_value_set_once_long_ago_is_sent_to_who_lacks_it() -> None:
     server = _start()
     _advance(server, dense=["head.bias"])
@@ -302,6 +337,38 @@ def test_wrong_numbers_in_a_closed_link_are_refused_before_they_are_merged() -> 
     assert equal_weights(replica.merged, _start().merged)
     receive(replica, delivery)
     _assert_same(replica, _grown(2))
+
+
+def _altered(delivery: Delivery, kind: str) -> Delivery:
+    """Return the delivery with the last bit of one number turned over."""
+    array = delivery.arrays[kind].copy()
+    array.view(np.uint32)[0] ^= 1
+    return replace(delivery, arrays={**delivery.arrays, kind: array})
+
+
+def _assert_refused_before_merging(delivery: Delivery, kind: str, server: Chain, words: str) -> None:
+    replica = _start()
+    with pytest.raises(VersionMismatch, match=words):
+        receive(replica, _altered(delivery, kind))
+    assert equal_weights(replica.merged, _start().merged)
+    assert (replica.hash, replica.num_links) == (_start().hash, 0)
+    receive(replica, delivery)
+    _assert_same(replica, server)
+
+
+def test_wrong_numbers_in_a_snapshot_are_refused_before_they_are_merged() -> None:
+    server = _grown(IN)
+    _advance(server, close=False)
+    _assert_refused_before_merging(deliver(server, 0), SNAPSHOT, server, "snapshot is not what its digest says")
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_wrong_numbers_in_a_link_without_its_superseded_values_are_refused_too(is_open: bool) -> None:
+    """The digest that the chain counts covers values that were never sent, so such a link needs one of its own."""
+    server = _grown(3, dense=["head.bias"])
+    if is_open:
+        _advance(server, close=False, dense=["head.bias"])
+    _assert_refused_before_merging(deliver(server, 0), CATCH_UP, server, "link 0 is not what its digest")
 
 
 def test_another_digest_is_a_version_mismatch() -> None:

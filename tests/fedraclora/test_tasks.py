@@ -46,6 +46,12 @@ def test_regression_rows_are_half_squared_distances() -> None:
     torch.testing.assert_close(row_loss("regression")(outputs, targets), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("outputs", "targets"), [((5, 1), (5,)), ((5, 1), (5, 3)), ((5,), (5, 1)), ((1, 3), (5, 3))])
+def test_regression_refuses_shapes_that_only_broadcast(outputs: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"puts out \(.*\) for targets of shape \("):
+        row_loss("regression")(torch.zeros(outputs), torch.zeros(targets))
+
+
 def test_an_unknown_task_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'clasification' is unknown; did you mean 'classification'"):
         row_loss("clasification")
@@ -78,6 +84,18 @@ def test_evaluation_happens_in_evaluation_mode_and_puts_the_mode_back(was_traini
     with pytest.raises(RuntimeError):
         evaluate(model, Examples(_numbers(0, 3, 5), torch.zeros(3, dtype=torch.int64)), "classification")
     assert model.training is was_training
+
+
+def test_evaluation_leaves_each_module_in_its_own_mode() -> None:
+    """A frozen norm inside a model in training mode stays frozen, and the other way round."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Dropout(0.5))).double()
+    for outer, inner in ((True, False), (False, True)):
+        model.train(outer)
+        model[1].train(inner)
+        model[2][0].train(inner)
+        before = {name: module.training for name, module in model.named_modules()}
+        evaluate(model, _classes(5), "classification")
+        assert {name: module.training for name, module in model.named_modules()} == before
 
 
 def test_evaluation_needs_an_example() -> None:
