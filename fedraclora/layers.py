@@ -48,13 +48,25 @@ class CohortLayer(nn.Module):
         return x.reshape(self.num_clients, -1, x.shape[-1])
 
 
-class CohortLinear(CohortLayer):
-    """`nn.Linear` for a cohort; inputs `[clients * batch, ..., in]`, outputs `[clients * batch, ..., out]`."""
+class CohortMatrix(CohortLayer):
+    """A layer whose weight is a matrix, or a kernel that can be seen as one: it may have low-rank factors."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output with each client's own tensors applied to its own rows."""
         y = self._dense(x)
         return y if self.lora_a is None or self.lora_b is None else self._add_low_rank(x, y, self.lora_a, self.lora_b)
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """Return the output by the shared weight and bias, or by the clients' own."""
+        raise NotImplementedError
+
+    def _add_low_rank(self, x: Tensor, y: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """Return `y` plus what the factors add to it for the input `x`."""
+        raise NotImplementedError
+
+
+class CohortLinear(CohortMatrix):
+    """`nn.Linear` for a cohort; inputs `[clients * batch, ..., in]`, outputs `[clients * batch, ..., out]`."""
 
     def _dense(self, x: Tensor) -> Tensor:
         assert self.weight is not None
@@ -82,7 +94,7 @@ class CohortLinear(CohortLayer):
         return rows.view_as(y)
 
 
-class CohortConv2d(CohortLayer):
+class CohortConv2d(CohortMatrix):
     """`nn.Conv2d` for a cohort; its low-rank pair is a convolution to `rank` channels, then one of size 1 x 1."""
 
     def __init__(self, original: nn.Conv2d) -> None:
@@ -91,11 +103,6 @@ class CohortConv2d(CohortLayer):
             raise ValueError(f"padding_mode={original.padding_mode!r} has no cohort form; use 'zeros'")
         self.stride, self.padding, self.dilation = original.stride, original.padding, original.dilation
         self.groups = original.groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output `[clients * batch, out, height, width]`."""
-        y = self._dense(x)
-        return y if self.lora_a is None or self.lora_b is None else self._add_low_rank(x, y, self.lora_a, self.lora_b)
 
     def _dense(self, x: Tensor) -> Tensor:
         assert self.weight is not None

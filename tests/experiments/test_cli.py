@@ -289,6 +289,46 @@ def test_a_sweep_makes_one_run_a_value(command, tmp_path):
     assert sorted(path.name for path in (tmp_path / "here" / "sweep").iterdir()) == ["0", "1"]
 
 
+@pytest.mark.parametrize("place", [0, 1, 3, 99])
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_the_flag_of_a_sweep_may_stand_anywhere(command, tmp_path, flag, place):
+    arguments = [*TINY, "rounds=1", "rank=1,2", "out=sweep/${rank}"]
+    arguments.insert(place, flag)
+    assert command("run", *arguments)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "here" / "sweep").iterdir()) == ["1", "2"]
+    ranks = [pd.read_csv(tmp_path / "here" / "sweep" / rank / "ledger.csv")["tensor_bytes"].sum() for rank in "12"]
+    assert ranks[0] < ranks[1]
+
+
+def test_a_sweep_leaves_no_file_of_hydra_in_the_current_folder(command, tmp_path):
+    assert command("run", "-m", *TINY, "rounds=1", "rank=1,2", "out=sweep/${rank}")[0] == 0
+    assert {path.name for path in (tmp_path / "here").iterdir()} <= {"sweep", "runs"}
+    assert not list((tmp_path / "here").glob("*.yaml"))
+
+
+def test_a_sweep_ends_at_the_first_run_that_fails(command, tmp_path):
+    code, message = command("run", *TINY, "rounds=1", "-m", "rank=1,99,2", "out=sweep/${rank}")
+    assert code == BAD_USE
+    assert "rank 99" in message
+    assert [path.name for path in (tmp_path / "here" / "sweep").iterdir()] == ["1"]
+
+
+def test_a_comparison_on_a_regression_ends_with_a_report(command, tmp_path):
+    """No accuracy anywhere, so the tables and curves are of the loss."""
+    code, message = command(
+        *("compare", "dataset=quadratic", "model=softmax_regression", "partition=iid", "methods=[rac_lora,full]"),
+        *("num_clients=6", "fraction=0.5", "rank=2", "rounds=2", "local_steps=2", "seeds=2", "out=comparison"),
+    )
+    assert code == 0, message
+    folder = tmp_path / "here" / "comparison"
+    assert "<html" in (folder / "report.html").read_text(encoding="utf-8")
+    assert sorted(pd.read_csv(folder / "comparison.csv")["method"]) == ["full", "rac_lora"]
+    summary = read_json(folder / "rac_lora" / "seed_1" / "summary.json")
+    assert summary["status"] == "finished"
+    assert summary["final_test_accuracy"] is None
+    assert command("report", "comparison", "out=again.html")[0] == 0
+
+
 def test_a_run_without_out_gets_a_folder_of_its_own(command, tmp_path):
     for _ in range(2):
         assert command("run", *TINY, "rounds=1", "name=mine")[0] == 0

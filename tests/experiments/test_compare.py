@@ -112,6 +112,24 @@ def test_a_method_that_affords_no_round_is_shown_and_the_others_go_on(tmp_path):
     assert "no round affordable" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_larger_budget_goes_on_where_the_smaller_one_ended(finished, tmp_path):
+    """Both kinds of end: full affords no round at first, and rac_lora not all of them."""
+
+    def status(method):
+        return read_json(tmp_path / "out" / method / "seed_0" / "summary.json")["status"]
+
+    compare(chosen(tmp_path / "out", budget_mib=0.004, seeds=1), quiet())
+    assert status("rac_lora") == "stopped at the budget"
+    assert list(read_json(tmp_path / "out" / "refused.json")) == ["full"]
+    compare(chosen(tmp_path / "out", budget_mib=10.0, seeds=1, resume=True), quiet())
+    assert read_json(tmp_path / "out" / "refused.json") == {}
+    for method in METHODS:
+        assert status(method) == "finished"
+        name = f"{method}/seed_0/summary.json"
+        whole, resumed = (read_json(folder / name) for folder in (finished, tmp_path / "out"))
+        assert (resumed["chain_digest"], resumed["num_rounds"]) == (whole["chain_digest"], 3)
+
+
 def test_a_budget_that_no_method_affords_is_an_error(tmp_path):
     with pytest.raises(BudgetTooSmall, match="no method"):
         compare(chosen(tmp_path / "out", budget_mib=1e-6, seeds=1), quiet())
@@ -122,6 +140,35 @@ def test_a_method_that_diverges_does_not_end_the_comparison(tmp_path):
     compare(one, quiet())
     assert read_json(tmp_path / "out" / "rac_lora" / "seed_0" / "summary.json")["status"] == "diverged"
     assert read_json(tmp_path / "out" / "full" / "seed_0" / "summary.json")["status"] == "finished"
+
+
+def test_a_run_that_diverged_is_not_run_again(tmp_path, monkeypatch):
+    changes = {"methods": ["rac_lora"], "seeds": 1, "rounds": 12, "method_settings": {"rac_lora": {"lr": 1e9}}}
+    compare(chosen(tmp_path / "out", **changes), quiet())
+    calls = []
+    monkeypatch.setattr(experiments.compare, "run", lambda *arguments: calls.append(arguments))
+    compare(chosen(tmp_path / "out", resume=True, **changes), quiet())
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("bad_seed", "changes"),
+    [(1, {}), (2, {"seeds": 3}), (TUNING_SEED + 1, {"tune": [0.1, 0.2], "tune_seeds": 2})],
+)
+def test_a_seed_whose_split_fails_ends_the_comparison_before_any_training(tmp_path, monkeypatch, bad_seed, changes):
+    real, calls = experiments.compare.prepare, []
+
+    def prepared(one):
+        if one.seed == bad_seed:
+            raise ValueError("this seed leaves a client without data")
+        return real(one)
+
+    monkeypatch.setattr(experiments.compare, "prepare", prepared)
+    monkeypatch.setattr(experiments.compare, "run", lambda *arguments: calls.append(arguments))
+    with pytest.raises(ValueError, match="this seed leaves"):
+        compare(chosen(tmp_path / "out", **changes), quiet())
+    assert calls == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -190,6 +237,23 @@ def test_refining_halves_the_gap_around_the_best_each_time(peak, refinements):
     np.testing.assert_allclose(np.divide(rates[place : place + 2], rates[place - 1 : place + 1]), ratio, rtol=0.02)
     assert abs(math.log2(tuned.best) - peak) <= math.log2(ratio) / 2 + 0.02
     assert tuned.is_interior
+
+
+def test_one_refinement_tries_the_geometric_means_with_both_neighbours():
+    tried = []
+
+    def score(rate):
+        tried.append(rate)
+        return -abs(math.log2(rate / 0.5))
+
+    tuned = tune([0.1, 0.4, 1.6], score, 0, refinements=1)
+    assert tried == [0.1, 0.4, 1.6, 0.2, 0.8]
+    assert sorted(tuned.scores) == [0.1, 0.2, 0.4, 0.8, 1.6]
+    assert tuned.best == 0.4
+    # At the edge there is one neighbour.
+    tried.clear()
+    assert tune([0.4, 1.6], score, 0, refinements=1).best == 0.4
+    assert tried == [0.4, 1.6, 0.8]
 
 
 def test_of_equal_scores_the_smaller_rate_is_taken():

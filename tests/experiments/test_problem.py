@@ -179,5 +179,5 @@ def test_a_dataset_that_does_not_fit_its_description_is_refused(monkeypatch):
         examples = Examples(torch.zeros(40, 64), torch.arange(40) % 11)
         return Dataset("off", examples, examples, "classification", 10)
 
-    with pytest.raises(ValueError, match="off: the train targets .*from 0 to 10; .*labels from 0 to 9"):
+    with pytest.raises(ValueError, match=r"off: the train targets .*from 0 to 10; .*labels from 0 to 9"):
         prepare(settings(dataset=plug_in(monkeypatch, "off", Plain, build)))
