@@ -132,10 +132,12 @@ def _report(arguments: list[str], console: Console) -> None:
 
 
 def _run_folders(folder: Path) -> list[Path]:
-    """Return the run in a folder, or all runs of the comparison in it (its tuning runs left out)."""
-    if (folder / "summary.json").exists() or not folder.is_dir():
+    """Return the run in a folder, or all runs of the comparison in it, in its order of methods (tuning left out)."""
+    if (folder / "summary.json").exists() or not (folder / "settings.yaml").exists():
         return [folder]
-    return sorted(path.parent for path in folder.glob("*/*/summary.json"))
+    settings = OmegaConf.to_container(OmegaConf.load(folder / "settings.yaml"))
+    methods = settings.get("methods", []) if isinstance(settings, dict) else []
+    return [path.parent for method in methods for path in sorted((folder / method).glob("seed_*/summary.json"))]
 
 
 def _replay(arguments: list[str], console: Console) -> None:

@@ -289,8 +289,7 @@ def test_a_sweep_makes_one_run_a_value(command, tmp_path):
     assert sorted(path.name for path in (tmp_path / "here" / "sweep").iterdir()) == ["0", "1"]
 
 
-@pytest.mark.parametrize("place", [0, 1, 3, 99])
-@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+@pytest.mark.parametrize(("flag", "place"), [("-m", 1), ("-m", 99), ("--multirun", 3)])
 def test_the_flag_of_a_sweep_may_stand_anywhere(command, tmp_path, flag, place):
     arguments = [*TINY, "rounds=1", "rank=1,2", "out=sweep/${rank}"]
     arguments.insert(place, flag)

@@ -118,7 +118,7 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_ended(finished, tmp_path)
     def status(method):
         return read_json(tmp_path / "out" / method / "seed_0" / "summary.json")["status"]
 
-    compare(chosen(tmp_path / "out", budget_mib=0.004, seeds=1), quiet())
+    compare(chosen(tmp_path / "out", budget_mib=0.002, seeds=1), quiet())
     assert status("rac_lora") == "stopped at the budget"
     assert list(read_json(tmp_path / "out" / "refused.json")) == ["full"]
     compare(chosen(tmp_path / "out", budget_mib=10.0, seeds=1, resume=True), quiet())

@@ -77,7 +77,7 @@ FAULTS = {
     "another name": (with_renamed_array, "flat"),
     "no bytes": (lambda reply: with_raw_array(reply, data=b""), "its record 'update'"),
     "no array in the bytes": (
-        lambda reply: with_raw_array(reply, data=b"these are not numbers"),
+        lambda reply: with_raw_array(reply, data=b"no numbers at all"),
         "its record 'update'",
     ),
     "bytes cut short": (lambda reply: with_raw_array(reply, keep=0.5), "its record 'update'"),
@@ -88,7 +88,7 @@ FAULTS = {
     ),
     "text": (lambda reply: edit_array(reply, lambda values: values.astype(str)), "its record 'update'"),
     "complex": (lambda reply: edit_array(reply, lambda values: values.astype(np.complex64)), "complex64"),
-    "no axis": (lambda reply: edit_array(reply, lambda values: np.float32(values[0]).reshape(())), "does not hold"),
+    "no axis": (lambda reply: edit_array(reply, lambda values: np.array(values[0])), "does not hold"),
     "no numbers": (lambda reply: edit_array(reply, lambda values: values[:0]), "does not hold"),
 }
 
