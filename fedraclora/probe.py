@@ -14,6 +14,7 @@ from fedraclora.layers import CohortModel
 
 ROWS = 2
 TOLERANCE = 1e-3
+ADVICE = "keep the batch as the first axis in every layer, do not pool over it, and switch dropout off"
 
 
 def check_clients_stay_apart(model: CohortModel, start: Mapping[str, Tensor], inputs: Tensor) -> None:
@@ -29,7 +30,10 @@ def check_clients_stay_apart(model: CohortModel, start: Mapping[str, Tensor], in
     }
     leaves = {key: tensor.requires_grad_() for key, tensor in both.items()}
     model.bind(leaves, num_clients=2)
-    together = model(rows)
+    try:
+        together = model(rows)
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot train two clients together; {ADVICE} ({error})") from error
     _check_all_used(leaves, together)
     with torch.no_grad():
         for client in range(2):
@@ -38,8 +42,8 @@ def check_clients_stay_apart(model: CohortModel, start: Mapping[str, Tensor], in
             alone = model(rows[own])
             if alone.shape[0] != ROWS or not _close(alone, together[own]):
                 raise ValueError(
-                    "the model mixes the rows of different clients: two clients together do not compute what each "
-                    "computes alone; keep the batch as the first axis in every layer, and do not pool over it"
+                    "the model mixes the rows of different clients, or draws noise: two clients together do not compute "
+                    f"what each computes alone; {ADVICE}"
                 )
 
 

@@ -34,7 +34,9 @@ def find_targets(model: nn.Module, targets: str | Sequence[str]) -> dict[str, Ma
         raise ValueError(f"targets={targets!r} match no layer of the model; {nearest(str(targets), layers)}")
     for target in [] if isinstance(targets, str) else targets:
         if not any(_is_called(name, target) for name in matched):
-            raise ValueError(f"targets names {target!r}, which is no layer of the model; {nearest(target, layers)}")
+            raise ValueError(
+                f"targets names {target!r}, which is no layer of the model; {nearest(target, _names(layers))}"
+            )
     return {name: _matrix_shape(model, name, module) for name, module in matched.items()}
 
 
@@ -47,6 +49,11 @@ def _is_target(name: str, module: nn.Module, targets: str | Sequence[str]) -> bo
         except re.error as error:
             raise ValueError(f"targets={targets!r} is no regular expression: {error}") from error
     return any(_is_called(name, target) for target in targets)
+
+
+def _names(layers: Sequence[str]) -> list[str]:
+    """Return what the layers may be called: their names, and the last parts of these."""
+    return sorted({*layers, *(layer.rpartition(".")[2] for layer in layers)})
 
 
 def _is_called(name: str, target: str) -> bool:

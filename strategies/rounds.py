@@ -99,8 +99,9 @@ def _count(array: Array) -> int:
 
 
 def _array_bytes(array: Array) -> int:
-    """Return the bytes of an array's numbers; of one with a type that nobody knows, the bytes that came."""
+    """Return the bytes of an array's numbers; the bytes that came where they are fewer than its shape and type say."""
     try:
-        return _count(array) * np.dtype(array.dtype).itemsize
+        stated = _count(array) * np.dtype(array.dtype).itemsize
     except TypeError:
         return len(array.data)
+    return min(stated, len(array.data))

@@ -135,7 +135,8 @@ def _assert_same(found: LocalResult, expected: LocalResult, tolerance: float) ->
 
 
 def _build_config(optimizer: str, lengths: tuple[int, int], **values: float) -> LocalConfig:
-    lr = 0.01 if optimizer == "adamw" else 0.2
+    # Small enough that training is stable: where it is not, it amplifies the rounding that these tests bound.
+    lr = 0.01 if optimizer == "adamw" else 0.02
     return LocalConfig(optimizer=optimizer, lr=lr, steps=lengths[0], epochs=lengths[1], **values)  # type: ignore[arg-type]
 
 

@@ -131,3 +131,8 @@ def test_parameters_of_layers_without_a_cohort_form_are_refused() -> None:
         ValueError, match=r"'0\.weight' belongs to a Embedding; .* one of Linear, Conv2d, GroupNorm, LayerNorm"
     ):
         find_dense(model, ["*.weight"], [])
+
+
+def test_parameters_of_a_bare_layer_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'weight' belongs to a Linear; .*inside the model"):
+        find_dense(nn.Linear(4, 2), ["weight"], [])
