@@ -42,8 +42,8 @@ def check_clients_stay_apart(model: CohortModel, start: Mapping[str, Tensor], in
             alone = model(rows[own])
             if alone.shape[0] != ROWS or not _close(alone, together[own]):
                 raise ValueError(
-                    "the model mixes the rows of different clients, or draws noise: two clients together do not compute "
-                    f"what each computes alone; {ADVICE}"
+                    "the model mixes the rows of different clients, or draws noise: two clients together do not "
+                    f"compute what each computes alone; {ADVICE}"
                 )
 
 

@@ -17,7 +17,8 @@ from strategies.method import Adapter, Method
 class Config:
     """Settings of FedIT; `lr` is the clients' learning rate where the run names none."""
 
-    lr: float = 0.1
+    # On the demo 0.1 scores higher in tuning (0.83 against 0.79), and diverges in one of three other seeds.
+    lr: float = 0.05
 
 
 def build(config: Config, adapter: Adapter) -> Method:
