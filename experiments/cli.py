@@ -33,7 +33,7 @@ fedraclora: what accuracy does a byte buy? Federated RAC-LoRA and its rivals, ev
 
 Examples:
   fedraclora run method=rac_lora dataset=mnist_5k model=mlp rounds=20 num_clients=50 fraction=0.2 rank=8
-  fedraclora compare methods=[rac_lora,ffa_lora,fed_it,full] seeds=3 budget_mib=50
+  fedraclora compare "methods=[rac_lora,ffa_lora,fed_it,full]" seeds=3 budget_mib=50
   fedraclora compare experiment=demo
 
 `fedraclora run --help` and `fedraclora compare --help` list every setting; --cfg job prints them as they

@@ -109,7 +109,7 @@ class _Run:
 
 def _run_rounds(parts: _Run, watcher: Watcher) -> dict[str, Any]:
     settings, strategy, recorder = parts.settings, parts.strategy, parts.recorder
-    status = INTERRUPTED
+    status = FAILED
     try:
         if recorder.has_diverged:
             status = DIVERGED
@@ -126,10 +126,12 @@ def _run_rounds(parts: _Run, watcher: Watcher) -> dict[str, Any]:
                     f"try a smaller one. All rounds so far are in {recorder.folder}"
                 )
             if report.round == 1 and report.failures and not report.num_ok:
-                status = FAILED
                 client, reason = next(iter(report.failures.items()))
                 raise NothingTrained(f"all clients of the first round failed; client {client}: {reason}")
         status = FINISHED if strategy.stop_reason is None else AT_BUDGET
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        raise
     except BudgetTooSmall as error:
         status = AT_BUDGET
         raise BudgetTooSmall(f"{error}; with resume=true and a larger one the run goes on") from error
