@@ -162,7 +162,7 @@ def test_a_failure_in_the_middle_leaves_a_run_that_can_be_resumed(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         run(settings(out=str(tmp_path / "run")), Fails())
-    assert read_json(tmp_path / "run" / "summary.json")["status"] == "interrupted"
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "failed"
     again = run(settings(out=str(tmp_path / "run"), resume=True), Silent())
     assert again["chain_digest"] == run(settings(out=str(tmp_path / "whole")), Silent())["chain_digest"]
 
