@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -230,3 +231,16 @@ def _nested(item: Any) -> Iterator[Any]:
     yield item
     for child in (item.children or {}).values():
         yield from _nested(child)
+
+
+FOUR_CLIENTS = settings(fraction=1.0, num_clients=4, rounds=3)
+
+
+@cache
+def four_clients_problem():
+    return prepare(FOUR_CLIENTS)
+
+
+def federate(**options):
+    """Return a federation of four clients that all take part in three rounds of rac_lora."""
+    return federation(FOUR_CLIENTS, problem=four_clients_problem(), **options)

@@ -1,7 +1,5 @@
 """The round loop: what a faulty client changes (nothing), who takes part, and where a run stops."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
@@ -9,26 +7,13 @@ from flwr.app import Array, ArrayRecord, MetricRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.problem import prepare
 from fedraclora.link import materialize
 from fedraclora.local import LocalConfig
 from fedraclora.payload import unflatten
 from strategies.base import ChainStrategy
 from strategies.rounds import RoundSettings, sample_cohort
 from strategies.state import Budget, BudgetTooSmall, ServerState
-from tests.helpers import METHODS, edit_array, error_reply, federation, put, same_weights, settings, spoil
-
-CHOSEN = settings(fraction=1.0, num_clients=4, rounds=3)
-
-
-@cache
-def problem():
-    return prepare(CHOSEN)
-
-
-def federate(**options):
-    """Return a federation of four clients that all take part in three rounds of rac_lora."""
-    return federation(CHOSEN, problem=problem(), **options)
+from tests.helpers import METHODS, edit_array, error_reply, federate, federation, put, same_weights, settings, spoil
 
 
 def merged_over(parts, used):

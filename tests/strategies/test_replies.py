@@ -7,9 +7,18 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 
-from experiments.problem import prepare
 from strategies.rounds import NOBODY, QUERY_PARTITION
-from tests.helpers import RecordingGrid, edit_array, error_reply, federation, put, same_weights, settings, spoil
+from tests.helpers import (
+    RecordingGrid,
+    edit_array,
+    error_reply,
+    federate,
+    federation,
+    put,
+    same_weights,
+    settings,
+    spoil,
+)
 
 
 def with_metrics(reply, **changes):
@@ -91,19 +100,6 @@ FAULTS = {
     "no axis": (lambda reply: edit_array(reply, lambda values: np.array(values[0])), "does not hold"),
     "no numbers": (lambda reply: edit_array(reply, lambda values: values[:0]), "does not hold"),
 }
-
-
-CHOSEN = settings(fraction=1.0, num_clients=4, rounds=3)
-
-
-@cache
-def problem():
-    return prepare(CHOSEN)
-
-
-def federate(**options):
-    """Return a federation of four clients that all take part in three rounds of rac_lora."""
-    return federation(CHOSEN, problem=problem(), **options)
 
 
 @cache
