@@ -5,14 +5,14 @@ A client that cannot train (no data, lost state) answers with an error of its ow
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from clients.replica import Replica
 from clients.state_store import ClientState, LostState
-from fedraclora.delivery import DENSE, UPDATE, Delivery
+from fedraclora.delivery import DENSE, UPDATE, Delivery, Needs, VersionMismatch
 from fedraclora.link import describe, restore
 from fedraclora.local import LocalClient, LocalResult, train_cohort
 from fedraclora.moments import carry_over
@@ -42,7 +42,7 @@ def train(replica: Replica, requests: Sequence[Request]) -> list[Message]:
         _train_together(replica, dict(enumerate(requests)), replies)
     except Exception as error:  # noqa: BLE001
         if len(requests) == 1:
-            return [_failure(requests[0], error)]
+            return [failure(requests[0].message, error)]
         # One client's trouble must stay its own: find it by training the rest one by one.
         log.warning("training the cohort together failed (%s); its clients are trained one by one", error)
         return [replies.get(place) or train(replica, [request])[0] for place, request in enumerate(requests)]
@@ -56,14 +56,18 @@ def _train_together(replica: Replica, requests: dict[int, Request], replies: dic
     trainer, start = replica.prepare(plan)
     clients = _local_clients(replica, plan, requests, replies)
     places = list(clients)
-    stated = {"version": replica.chain.digest, "sketches": replica.sketches}
+    stated: dict[str, str | int] = {
+        "version": replica.chain.digest,
+        "sketches": replica.sketches,
+        "held": replica.num_kept,
+    }
     for result in train_cohort(trainer, start, list(clients.values()), plan.local):
         request = requests[places[result.position]]
         if plan.moments != "reset":
             state = ClientState(_copy(result.moments), describe(replica.link.skeleton()))
             replica.store.save(request.partition, plan.round, state)
         content = RecordDict(dict(_arrays(plan, result.tensors)))
-        content["metrics"], content["reply"] = _metrics(result), ConfigRecord(dict(stated))
+        content["metrics"], content["reply"] = _metrics(result), ConfigRecord({**stated})
         replies[places[result.position]] = Message(content, reply_to=request.message)
 
 
@@ -76,7 +80,7 @@ def _local_clients(
         try:
             clients[place] = _local_client(replica, plan, request)
         except ValueError as error:
-            replies[place] = _failure(request, error)
+            replies[place] = failure(request.message, error)
     return clients
 
 
@@ -84,15 +88,20 @@ def _read_plan(message: Message) -> RoundPlan:
     return RoundPlan.from_record(message.content.config_records[RECORD_PLAN])
 
 
+def delivery_of(message: Message) -> Delivery:
+    """Return the delivery that a message carries."""
+    content = message.content
+    arrays = {kind: record["flat"].numpy() for kind, record in content.array_records.items()}
+    return Delivery(str(content.config_records[RECORD_PLAN]["links"]), arrays)
+
+
 def _distinct_deliveries(requests: Iterable[Request]) -> list[Delivery]:
     """Return the deliveries without repeats: clients that lack the same links are sent the same records."""
     found: dict[str, Delivery] = {}
     for request in requests:
-        content = request.message.content
-        header = str(content.config_records[RECORD_PLAN]["links"])
+        header = str(request.message.content.config_records[RECORD_PLAN]["links"])
         if header not in found:
-            arrays = {kind: record["flat"].numpy() for kind, record in content.array_records.items()}
-            found[header] = Delivery(header, arrays)
+            found[header] = delivery_of(request.message)
     return list(found.values())
 
 
@@ -129,6 +138,15 @@ def _metrics(result: LocalResult) -> MetricRecord:
     return MetricRecord({"num-examples": result.num_examples, "num-steps": result.num_steps, "train-loss": result.loss})
 
 
-def _failure(request: Request, error: Exception) -> Message:
-    log.warning("client %d cannot train: %s", request.partition, error)
-    return Message(Error(CLIENT_APP_RAISED, f"{type(error).__name__}: {error}"), reply_to=request.message)
+def failure(message: Message, error: Exception) -> Message:
+    """Return the reply of a client that cannot do what it was asked: what it needs, or the error."""
+    log.warning("a client cannot answer: %s", error)
+    if isinstance(error, VersionMismatch):
+        return needs_reply(message, error.needs, str(error))
+    return Message(Error(CLIENT_APP_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+
+
+def needs_reply(message: Message, needs: Needs, reason: str, *, setup: bool = False) -> Message:
+    """Return the reply of a client that is not where its server believes it to be; `setup`: it has lost the run."""
+    record = ConfigRecord({**asdict(needs), "setup": setup, "reason": reason})
+    return Message(RecordDict({"needs": record}), reply_to=message)

@@ -4,21 +4,25 @@ A deployed machine has one client; the simulator has all of them, with one repli
 and charged for, exactly what it lacks.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from clients.replica_store import ReplicaStore
 from clients.state_store import ClientStore
 from fedraclora.chain import Chain, Weights, merge_
 from fedraclora.data import Examples, IndexArray
-from fedraclora.delivery import Delivery, receive, sketch_digest
+from fedraclora.delivery import Delivery, Received, VersionMismatch, receive, sketch_digest
 from fedraclora.layers import CohortModel
 from fedraclora.ledger import MIB
 from fedraclora.link import Link, LowRank, materialize
 from fedraclora.local import Trainer
 from fedraclora.plan import RoundPlan
 from fedraclora.tasks import row_loss
+
+log = logging.getLogger("fedraclora")
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,53 @@ class Memory:
 
 @dataclass
 class Replica:
-    """This machine's copy of the model and all that its clients train with."""
+    """This machine's copy of the model and all that its clients train with.
+
+    `files` is where it survives, None where it need not (a simulation in one process); `num_kept` counts the closed
+    links that it holds there.
+    """
 
     model: nn.Module
     data: LocalData
     chain: Chain
     store: ClientStore = field(default_factory=ClientStore)
     memory: Memory = field(default_factory=Memory)
+    files: ReplicaStore | None = None
+    num_kept: int = 0
     _cohort_models: dict[tuple[str, ...], CohortModel] = field(default_factory=dict)
 
+    def advance(self) -> None:
+        """Take in what lies on this machine's disk: links that came while another process ran."""
+        if self.files is not None:
+            with self.files.locked():
+                self.files.advance(self.chain)
+        self.num_kept = self.chain.num_links
+
     def receive(self, deliveries: Iterable[Delivery]) -> None:
-        """Bring the chain to the deliveries' common version; each brings what one client lacked."""
+        """Bring the chain to the deliveries' common version; each brings what one client lacked.
+
+        Raises VersionMismatch where that cannot be; what the disk holds of a chain that is not the server's is
+        deleted then. A disk that refuses to keep what came is reported by `num_kept`, and training goes on.
+        """
         for delivery in deliveries:
-            receive(self.chain, delivery)
+            try:
+                received = receive(self.chain, delivery)
+            except VersionMismatch as mismatch:
+                if mismatch.has_diverged and self.files is not None:
+                    with self.files.locked():
+                        self.files.clear()
+                raise
+            self._keep(received)
+
+    def _keep(self, received: Received) -> None:
+        try:
+            if self.files is not None:
+                with self.files.locked():
+                    self.files.keep(self.chain, received)
+        except OSError as error:
+            log.warning("what came cannot be kept on this disk, and will be sent again: %s", error)
+            return
+        self.num_kept = self.chain.num_links
 
     @property
     def link(self) -> Link:

@@ -62,7 +62,9 @@ def prepare(settings: Settings) -> Problem:
     split = _plugin("partition", settings.partition, make_split, dataset=dataset, num_clients=settings.num_clients)(
         seed=stream(settings.seed, "partition")
     )
-    model = _plugin("model", settings.model, initial_model, dataset=dataset)(seed=stream(settings.seed, "init"))
+    model = _plugin(
+        "model", settings.model, initial_model, input_shape=dataset.input_shape, num_outputs=dataset.num_outputs
+    )(seed=stream(settings.seed, "init"))
     check_no_tied_weights(model)
     model = model.to(device=settings.device, dtype=getattr(torch, settings.dtype))
     adapter = _adapter(settings, model)
@@ -170,6 +172,11 @@ def _round_settings(settings: Settings) -> RoundSettings:
         seed=settings.seed,
         min_replies=settings.min_replies,
         weighting=settings.weighting,
+        catch_up=settings.catch_up,
+        broadcast=settings.broadcast,
+        max_norm=settings.max_norm,
+        timeout_s=settings.timeout_s,
+        connect_s=settings.connect_s,
         budget=Budget(
             *(_bytes(limit) for limit in (settings.budget_mib, settings.uplink_mib, settings.per_client_mib))
         ),

@@ -32,6 +32,14 @@ class Settings:
     fraction: float = 0.2
     min_replies: int = 1
     weighting: str = "examples"
+    # How a client that missed links is brought up to date, and whether those outside the cohort get links each round.
+    catch_up: str = "cheapest"
+    broadcast: str = "lazy"
+    # A reply whose tensors' Euclidean norm is larger is refused.
+    max_norm: float = 1e6
+    # Seconds: a round's deadline, and how long the server waits for all clients before it begins without some.
+    timeout_s: float = 3600.0
+    connect_s: float = 120.0
 
     # What is trained: target layers get factors of this rank (`ranks` by layer name), `dense` names tensors trained
     # in full.

@@ -64,6 +64,7 @@ class Chain:
     updates_in_link: int = 0
     links: list[Link] = field(default_factory=list)
     open: Link | None = None
+    _weights_digest: tuple[str, frozenset[str], str] = ("", frozenset(), "")
 
     @staticmethod
     def start(base: Mapping[str, Tensor]) -> "Chain":
@@ -75,6 +76,17 @@ class Chain:
     def digest(self) -> str:
         """Return the digest of this version: of the base, every closed link and the open one."""
         return extend_hash(self.hash, "" if self.open is None else self.open.digest)
+
+    def weights_digest(self) -> str:
+        """Return the digest of the merged float numbers themselves, which tells whether two machines merged alike.
+
+        Tensors that the open link sets are left out: replicas are not sent the values that it replaces.
+        """
+        replaced = frozenset(set_targets([] if self.open is None else [self.open]))
+        if self._weights_digest[:2] != (self.hash, replaced):
+            kept = {name: tensor for name, tensor in self.merged.items() if name not in replaced}
+            self._weights_digest = self.hash, replaced, sketch.digest_all(kept)
+        return self._weights_digest[2]
 
     def open_link(self, link: Link) -> None:
         """Open a new link. Raises ValueError where one is open or the position is wrong."""

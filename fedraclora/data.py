@@ -31,6 +31,13 @@ class Examples:
         rows = torch.from_numpy(indices)
         return Examples(self.inputs[rows], self.targets[rows])
 
+    def to(self, *, device: str, dtype: torch.dtype) -> "Examples":
+        """Return the examples on a device, their floats in `dtype`; class labels stay whole numbers."""
+        targets = self.targets.to(device)
+        if targets.is_floating_point():
+            targets = targets.to(dtype)
+        return Examples(self.inputs.to(device=device, dtype=dtype), targets)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -56,15 +63,20 @@ class Dataset:
 def check_dataset(dataset: Dataset) -> None:
     """Raise ValueError for a data set whose examples do not fit its own description."""
     for part, examples in (("train", dataset.train), ("test", dataset.test)):
-        found = f"{dataset.name}: the {part} targets are {tuple(examples.targets.shape)} {examples.targets.dtype}"
-        if len(examples.inputs) != len(examples.targets) or not len(examples):
-            raise ValueError(f"{found} for {len(examples.inputs)} inputs; each input needs one, and there must be some")
-        if dataset.task == "regression" and examples.targets.shape != (len(examples), dataset.num_outputs):
-            raise ValueError(f"{found}; regression with num_outputs={dataset.num_outputs} needs [num, num_outputs]")
-        if dataset.task == "classification":
-            _check_labels(examples.targets, dataset.num_outputs, found)
+        check_examples(examples, f"{dataset.name}: the {part} targets", dataset.task, dataset.num_outputs)
     if dataset.groups is not None and len(dataset.groups) != len(dataset.train):
         raise ValueError(f"{dataset.name}: {len(dataset.groups)} groups for {len(dataset.train)} training examples")
+
+
+def check_examples(examples: Examples, what: str, task: str, num_outputs: int) -> None:
+    """Raise ValueError for examples that do not fit a task; `what` names their targets in the message."""
+    found = f"{what} are {tuple(examples.targets.shape)} {examples.targets.dtype}"
+    if len(examples.inputs) != len(examples.targets) or not len(examples):
+        raise ValueError(f"{found} for {len(examples.inputs)} inputs; each input needs one, and there must be some")
+    if task == "regression" and examples.targets.shape != (len(examples), num_outputs):
+        raise ValueError(f"{found}; regression with num_outputs={num_outputs} needs [num, num_outputs]")
+    if task == "classification":
+        _check_labels(examples.targets, num_outputs, found)
 
 
 def _check_labels(targets: Tensor, num_classes: int, found: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedraclora.chain import Chain
 from fedraclora.chain_store import ChainStore
 from fedraclora.files import read_json, write_json
+from fedraclora.models import initial_model
 from fedraclora.plugins import find
 
 MODELS = "fedraclora.models"
@@ -31,13 +32,20 @@ class ModelCard:
     num_outputs: int
     dtype: str
 
-    def build(self) -> nn.Module:
-        """Return the model with arbitrary weights. Raises ValueError where the plug-in is not there any more."""
-        with torch.random.fork_rng(devices=[]):
-            module = find(MODELS, self.name)
-            config = SimpleNamespace(**self.config)
-            model: nn.Module = module.build(config, input_shape=self.input_shape, num_outputs=self.num_outputs)
-        return model.to(getattr(torch, self.dtype))
+    def build(self, seed: int = 0) -> nn.Module:
+        """Return the model with the initial weights that `seed` draws.
+
+        Raises ValueError where the plug-in is not there any more.
+        """
+        module, config = find(MODELS, self.name), SimpleNamespace(**self.config)
+        model = initial_model(module, config, input_shape=self.input_shape, num_outputs=self.num_outputs, seed=seed)
+        return model.to(self.torch_dtype)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Return the type of the model's numbers."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     def save(self, path: Path) -> None:
         """Write the card as JSON."""
@@ -72,7 +80,7 @@ class FinishedRun:
     @torch.no_grad()
     def predict(self, inputs: Tensor, *, version: int | None = None) -> Tensor:
         """Return the model's outputs for `inputs` `[num, *input_shape]`, prepared as the data set prepares them."""
-        outputs: Tensor = self.model(version)(inputs.to(getattr(torch, self.card.dtype)))
+        outputs: Tensor = self.model(version)(inputs.to(self.card.torch_dtype))
         return outputs
 
 

@@ -2,13 +2,14 @@
 
 A link is a list of terms. `LowRank` adds `scale * lora_b @ lora_a` to a layer's weight, `Dense` adds a full
 difference and `Set` replaces a tensor. A factor is drawn from a seed (`SketchKey`), zero, or explicit numbers; only
-explicit numbers are ever sent or stored.
+explicit numbers are sent or stored, but to a machine that draws other bits (`Given`).
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,15 @@ class Zero:
     shape: Shape
 
 
-Factor = SketchKey | Zero | Tensor
+@dataclass(frozen=True)
+class Given:
+    """A drawn factor whose numbers were sent, for a machine that draws other bits than its server."""
+
+    key: SketchKey
+    value: Tensor
+
+
+Factor = SketchKey | Given | Zero | Tensor
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,50 @@ class Link:
             hasher.update(sketch.digest(tensor).encode())
         return hasher.hexdigest()
 
+    @property
+    def drawn(self) -> list[SketchKey]:
+        """Return the keys of the drawn factors, in the order of the terms."""
+        return [key for _, key, _ in self._drawn()]
+
+    @property
+    def drawn_factors(self) -> dict[str, Tensor]:
+        """Return the drawn factors by name (`fc1.lora_a`), float32 on the CPU: as given, else as drawn here."""
+        return {name: sketch.draw(key) if value is None else value for name, key, value in self._drawn()}
+
+    @property
+    def has_given(self) -> bool:
+        """Return whether a drawn factor came as numbers."""
+        return any(value is not None for _, _, value in self._drawn())
+
+    @cached_property
+    def drawn_digest(self) -> str:
+        """Return one digest over all drawn factors."""
+        return sketch.digest_all(self.drawn_factors)
+
+    def _drawn(self) -> Iterator[tuple[str, SketchKey, Tensor | None]]:
+        for term in self.terms:
+            if isinstance(term, LowRank):
+                for side, factor in (("a", term.lora_a), ("b", term.lora_b)):
+                    if isinstance(factor, Given):
+                        yield f"{term.layer}.lora_{side}", factor.key, factor.value
+                    elif isinstance(factor, SketchKey):
+                        yield f"{term.layer}.lora_{side}", factor, None
+
+    def with_given(self, values: Sequence[Tensor]) -> "Link":
+        """Return the link with `values` in place of what would be drawn, in the order of `drawn`."""
+        waiting = list(values)
+
+        def given(factor: Factor) -> Factor:
+            return Given(factor, waiting.pop(0)) if isinstance(factor, SketchKey) else factor
+
+        terms = [
+            LowRank(term.layer, term.scale, given(term.lora_a), given(term.lora_b))
+            if isinstance(term, LowRank)
+            else term
+            for term in self.terms
+        ]
+        return Link(self.index, tuple(terms))
+
     def low_rank_terms(self) -> dict[str, LowRank]:
         """Return the low-rank term of each layer (one a layer)."""
         return {term.layer: term for term in self.terms if isinstance(term, LowRank)}
@@ -103,15 +156,18 @@ def _drawn_only(term: LowRank) -> LowRank:
 
 def shape_of(factor: Factor) -> Shape:
     """Return a factor's shape without drawing it."""
-    if isinstance(factor, SketchKey):
-        return (factor.dim, factor.rank) if factor.side == "a" else (factor.rank, factor.dim)
-    return tuple(factor.shape)
+    key = factor.key if isinstance(factor, Given) else factor
+    if isinstance(key, SketchKey):
+        return (key.dim, key.rank) if key.side == "a" else (key.rank, key.dim)
+    return tuple(key.shape)
 
 
 def materialize(factor: Factor, like: Tensor) -> Tensor:
     """Return the factor as a tensor with the dtype and device of `like`."""
     if isinstance(factor, SketchKey):
         return sketch.draw(factor).to(like)
+    if isinstance(factor, Given):
+        return factor.value.to(like)
     if isinstance(factor, Zero):
         return torch.zeros(factor.shape, dtype=like.dtype, device=like.device)
     return factor.to(like)
@@ -137,9 +193,10 @@ def _describe_term(term: Term) -> Json:
 
 
 def _describe_factor(factor: Factor) -> Json:
-    if isinstance(factor, SketchKey):
-        return ["seed", *asdict(factor).values()]
-    return ["zero", list(factor.shape)] if isinstance(factor, Zero) else ["sent", list(factor.shape)]
+    key = factor.key if isinstance(factor, Given) else factor
+    if isinstance(key, SketchKey):
+        return ["seed", *asdict(key).values()]
+    return ["zero", list(key.shape)] if isinstance(key, Zero) else ["sent", list(key.shape)]
 
 
 def shapes(description: Json) -> list[Shape]:
@@ -149,6 +206,12 @@ def shapes(description: Json) -> list[Shape]:
         entries = fields[2:] if kind == "low_rank" else [["sent", fields[1]]]
         found += [tuple(shape) for source, *rest in entries if source == "sent" for shape in rest]
     return found
+
+
+def drawn_keys(description: Json) -> list[SketchKey]:
+    """Return the keys of the drawn factors of a description, in their order."""
+    factors = [factor for kind, *fields in description[1] if kind == "low_rank" for factor in fields[2:]]
+    return [SketchKey(*fields) for source, *fields in factors if source == "seed"]
 
 
 def restore(description: Json, tensors: Sequence[Tensor]) -> Link:

@@ -7,49 +7,66 @@ strategy works with any Grid.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedraclora.chain import Chain
-from fedraclora.delivery import deliver, sketch_digest
-from fedraclora.ledger import DOWN, UP, LedgerRow
+from fedraclora.delivery import Needs, deliver, sketch_digest
+from fedraclora.ledger import DOWN, UP, LedgerRow, bytes_by_partition
 from fedraclora.link import LowRank, shape_of
 from fedraclora.plan import NO_STATE, RoundPlan
 from fedraclora.seeding import derive_seed, stream
+from strategies.exchange import exchange
 from strategies.method import ClientUpdate, Method, Updates
-from strategies.replies import BadReply, Expected, Reply, expected_shapes, read_partition, read_reply
-from strategies.rounds import NOBODY, QUERY_PARTITION, RoundReport, RoundSettings, ledger_rows, sample_cohort
+from strategies.replies import BadReply, Expected, Reply, expected_shapes, read_held, read_needs, read_reply
+from strategies.roster import Roster
+from strategies.rounds import NOBODY, QUERY_LINKS, RoundReport, RoundSettings, ledger_rows, sample_cohort
 from strategies.state import BudgetTooSmall, ServerState, exceeded
 from strategies.wire import content_bytes
 
 log = logging.getLogger("fedraclora")
 
 
+@dataclass
+class _Asked:
+    """A round in progress: what is asked of whom, and the ledger so far."""
+
+    plan: RoundPlan
+    expected: Expected
+    sent: set[int] = field(default_factory=set)
+    retried: set[int] = field(default_factory=set)
+    rows: list[LedgerRow] = field(default_factory=list)
+
+
 class ChainStrategy(Strategy):
     """Runs any method of this project over a Flower Grid.
 
     The chain is the model; `state` is what the server remembers of its clients. Both are changed by each round, in
-    place.
+    place. `setup` is what a machine is told of the run (`fedraclora.setup.Setup` as text).
     """
 
     def __init__(
-        self, method: Method, chain: Chain, settings: RoundSettings, *, state: ServerState | None = None
+        self,
+        method: Method,
+        chain: Chain,
+        settings: RoundSettings,
+        *,
+        setup: str = "",
+        state: ServerState | None = None,
     ) -> None:
         self.method = method
         self.chain = chain
         self.settings = settings
+        self.setup = setup
         self.state = state or ServerState()
         self.stop_reason: str | None = None
         self.report = RoundReport(round=self.state.round, link=chain.num_links)
-        self._nodes: dict[int, int] = {}
-        self._sent: dict[int, int] = {}
-        self._rows: list[LedgerRow] = []
-        self._expected = Expected("", "", {}, torch.float32)
+        self._roster = Roster(settings)
+        self._asked: _Asked | None = None
 
     # ---- the loop
 
@@ -57,53 +74,47 @@ class ChainStrategy(Strategy):
         """Run the rounds after `state.round` up to `num_rounds` and yield each one's report.
 
         The first report of a fresh run is round 0, the handshake. Stops early where the budget would be exceeded (then
-        `stop_reason` says so). Raises BudgetTooSmall where a fresh run cannot afford its first round.
+        `stop_reason` says so). Raises BudgetTooSmall where a fresh run cannot afford its first round, and RuntimeError
+        where no client is there.
         """
-        setup = self.connect(grid, timeout)
+        setup = self.connect(grid)
         if self.state.round < 0:
             yield self._finish(RoundReport(round=0, link=self.chain.num_links, rows=setup))
+        timeout_s = self.settings.timeout_s if timeout is None else timeout
         for round in range(self.state.round + 1, num_rounds + 1):
             began = time.perf_counter()
+            met = self._roster.meet(grid, self._introduction(), self.state, round)
             messages = self.configure_train(round, ArrayRecord(), ConfigRecord(), grid)
             if self.stop_reason is not None:
                 if self.state.traffic.total_bytes == 0:
                     raise BudgetTooSmall(f"no round affordable: {self.stop_reason}")
                 return
-            self.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
+            self._now.rows += met
+            self.aggregate_train(round, exchange(grid, messages, timeout_s=timeout_s, follow_up=self._follow_up))
             self.report = self._finish(self.report, time.perf_counter() - began)
             yield self.report
+
+    def connect(self, grid: Grid) -> list[LedgerRow]:
+        """Learn which node owns which partition and how much of the chain it holds, and return what asking cost.
+
+        Raises RuntimeError where no client answers in time, or two own one partition.
+        """
+        return self._roster.connect(grid, self._introduction(), self.state)
+
+    @property
+    def _now(self) -> "_Asked":
+        """Return the round in progress. Raises RuntimeError where none has been configured."""
+        if self._asked is None:
+            raise RuntimeError("no round is open; configure_train comes first")
+        return self._asked
+
+    def _introduction(self) -> RecordDict:
+        return RecordDict({"setup": ConfigRecord({"chain": self.state.chain_id, "text": self.setup})})
 
     def _finish(self, report: RoundReport, round_s: float = 0.0) -> RoundReport:
         self.state.round = report.round
         traffic = self.state.charge(report.rows)
         return replace(report, traffic=traffic, round_s=round_s)
-
-    def connect(self, grid: Grid, timeout: float | None) -> list[LedgerRow]:
-        """Learn which node owns which partition and return what asking cost.
-
-        Raises RuntimeError where no client answers.
-        """
-        nodes = list(grid.get_node_ids())
-        ask = [Message(RecordDict(), node, QUERY_PARTITION, group_id="0") for node in nodes]
-        replies = list(grid.send_and_receive(ask, timeout=timeout))
-        partitions: dict[int, int] = {}
-        for reply in replies:
-            partition = read_partition(reply)
-            if partition in partitions.values():
-                raise RuntimeError(f"two clients say that they own partition {partition}; each needs one of its own")
-            if partition is not None:
-                partitions[reply.metadata.src_node_id] = partition
-        if not partitions:
-            raise RuntimeError(f"no client said which partition it owns ({len(nodes)} nodes were asked)")
-        self._nodes = {partition: node for node, partition in partitions.items()}
-        sent = [(message, message.metadata.dst_node_id, DOWN) for message in ask]
-        got = [(reply, reply.metadata.src_node_id, UP) for reply in replies]
-        rows = [
-            row
-            for message, node, direction in sent + got
-            for row in ledger_rows(message, 0, direction, partitions.get(node, NOBODY))
-        ]
-        return sorted(rows, key=lambda row: (row.partition, row.direction))
 
     # ---- one round, Flower's five phases
 
@@ -112,34 +123,64 @@ class ChainStrategy(Strategy):
     ) -> list[Message]:
         """Return one message a client of the round's cohort: the plan, and what this client lacks of the model.
 
-        `arrays` and `config` are not used: the chain is the model. Sets `stop_reason` where the budget forbids the
-        round.
+        With eager broadcast the other clients that lack closed links get those. `arrays` and `config` are not used: the
+        chain is the model. Sets `stop_reason` where the budget forbids the round.
         """
         if self.chain.open is None:
             self.chain.open_link(self.method.open_link(self.chain.num_links))
         cohort = sample_cohort(self.settings.seed, server_round, self.settings)
         plan = self._plan(server_round)
-        self._expected = self._expect(plan)
-        contents: dict[tuple[int, int], tuple[RecordDict, dict[str, int]]] = {}
-        messages, self._rows, self._sent = [], [], {}
-        for partition in cohort:
-            held = self.state.held.get(partition, 0)
-            start = self.state.last_used.get(partition, NO_STATE) if plan.moments != "reset" else NO_STATE
-            if (held, start) not in contents:
-                shared = self._content(plan, held, start)
-                contents[held, start] = shared, content_bytes(shared)
-            if partition in self._nodes:
-                content, size = contents[held, start]
-                message = Message(content, self._nodes[partition], MessageType.TRAIN, group_id=str(server_round))
-                messages.append(message)
-                self._rows += ledger_rows(message, server_round, DOWN, partition, content=size)
-                self._sent[partition] = self.chain.num_links
-        down = dict.fromkeys(self._sent, 0)
-        for row in self._rows:
-            down[row.partition] += row.tensor_bytes
-        self.stop_reason = exceeded(self.settings.budget, self.state, down, self._expected.num_bytes)
+        self._asked = _Asked(plan, self._expect(plan))
+        messages = self._train_messages(cohort) + self._broadcast(cohort)
+        down = bytes_by_partition(self._now.rows)
+        up = dict.fromkeys(self._now.sent, self._now.expected.num_bytes)
+        self.stop_reason = exceeded(self.settings.budget, self.state, down, up)
         self.report = RoundReport(round=server_round, link=self.chain.num_links, num_clients=len(cohort))
         return messages
+
+    def _train_messages(self, cohort: Sequence[int]) -> list[Message]:
+        contents: dict[tuple[Needs, int], tuple[RecordDict, dict[str, int]]] = {}
+        messages = []
+        for partition in cohort:
+            key = self._needs(partition), self._start_state(partition)
+            if key not in contents:
+                shared = self._content(*key)
+                contents[key] = shared, content_bytes(shared)
+            if partition in self._roster.nodes:
+                messages.append(self._message(MessageType.TRAIN, partition, *contents[key]))
+                self._now.sent.add(partition)
+        return messages
+
+    def _broadcast(self, cohort: Sequence[int]) -> list[Message]:
+        """Return the closed links for the clients outside the cohort that lack some, where broadcast is eager."""
+        if self.settings.broadcast != "eager":
+            return []
+        contents: dict[Needs, tuple[RecordDict, dict[str, int]]] = {}
+        messages = []
+        for partition in sorted(self._roster.nodes.keys() - set(cohort)):
+            needs = self._needs(partition)
+            if needs.num_held < self.chain.num_links:
+                if needs not in contents:
+                    shared = self._content(needs, None)
+                    contents[needs] = shared, content_bytes(shared)
+                messages.append(self._message(QUERY_LINKS, partition, *contents[needs]))
+        return messages
+
+    def _needs(self, partition: int) -> Needs:
+        return Needs(self.state.held.get(partition, 0), factors=partition in self.state.draws_otherwise)
+
+    def _start_state(self, partition: int) -> int:
+        is_stateless = self._now.plan.moments == "reset"
+        return NO_STATE if is_stateless else self.state.last_used.get(partition, NO_STATE)
+
+    def _message(self, kind: str, partition: int, content: RecordDict, size: dict[str, int]) -> Message:
+        """Return a message to a client and charge it."""
+        round = self._now.plan.round
+        node, ttl = self._roster.nodes[partition], self.settings.timeout_s
+        # It lives no longer than its round: a client that wakes up later must not be kept busy by it.
+        message = Message(content, node, kind, ttl=ttl, group_id=str(round))
+        self._now.rows += ledger_rows(message, round, DOWN, partition, content=size)
+        return message
 
     def _plan(self, round: int) -> RoundPlan:
         trained = self.method.trains(round)
@@ -163,13 +204,38 @@ class ChainStrategy(Strategy):
             sketches=sketch_digest(self.chain.open),
             shapes=expected_shapes(factors, dense),
             dtype=self.chain.merged[trained[0]].dtype,
+            max_norm=self.settings.max_norm,
         )
 
-    def _content(self, plan: RoundPlan, held: int, start_state: int) -> RecordDict:
-        delivery = deliver(self.chain, held)
-        record = ConfigRecord({**plan.to_record(), "start_state": start_state, "links": delivery.header})
+    def _content(self, needs: Needs, start_state: int | None) -> RecordDict:
+        """Return the links that a client lacks, with the plan for one that trains (from the state that is named)."""
+        trains = start_state is not None
+        delivery = deliver(self.chain, needs, policy=self.settings.catch_up, with_open=trains)
+        plan = {**self._now.plan.to_record(), "start_state": start_state} if start_state is not None else {}
+        record = ConfigRecord({**plan, "chain": self.state.chain_id, "links": delivery.header})
         arrays = {kind: ArrayRecord({"flat": Array(flat)}) for kind, flat in delivery.arrays.items()}
         return RecordDict({"plan": record, **arrays})
+
+    def _follow_up(self, asked: Message, reply: Message) -> Message | None:
+        """Return the second message of a round to a client that needs something before it can train."""
+        lacking = read_needs(reply)
+        partition = self._roster.partition_of(reply)
+        if lacking is None or partition not in self._now.sent or partition in self._now.retried:
+            return None
+        log.warning("round %d: client %d needs more: %s", self._now.plan.round, partition, lacking.reason)
+        self._now.retried.add(partition)
+        self._now.rows += ledger_rows(reply, self._now.plan.round, UP, partition)
+        if lacking.needs.factors and partition not in self.state.draws_otherwise:
+            self.state.draws_otherwise.append(partition)
+        needs = replace(
+            lacking.needs,
+            num_held=min(lacking.needs.num_held, self.chain.num_links),
+            factors=partition in self.state.draws_otherwise,
+        )
+        content = self._content(needs, self._start_state(partition))
+        if lacking.setup:
+            content["setup"] = self._introduction()["setup"]
+        return self._message(asked.metadata.message_type, partition, content, content_bytes(content))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -179,8 +245,6 @@ class ChainStrategy(Strategy):
         Returns no arrays (the chain is the model) and the round's counts; `report` holds the rest.
         """
         usable, failures, diverged = self._sort(server_round, replies)
-        for partition in usable:
-            self.state.held[partition] = self._sent[partition]
         is_updated = len(usable) >= self.settings.min_replies
         if is_updated:
             self._update(usable)
@@ -198,34 +262,45 @@ class ChainStrategy(Strategy):
             num_ok=len(usable),
             num_failed=len(failures),
             num_missing=self.report.num_clients - len(usable) - len(failures),
+            num_retried=len(self._now.retried),
             is_updated=is_updated,
             has_diverged=not usable and bool(failures) and diverged == len(failures),
             train_loss=loss if usable else float("nan"),
-            rows=self._rows,
+            rows=self._now.rows,
             failures=failures,
         )
         return None, MetricRecord({"num-ok": len(usable), "num-failed": len(failures), "train-loss": loss})
 
     def _sort(self, round: int, replies: Iterable[Message]) -> tuple[dict[int, Reply], dict[int, str], int]:
         """Return the usable replies and the reasons of the others by partition, and how many of those diverged."""
-        partitions = {node: partition for partition, node in self._nodes.items()}
         usable: dict[int, Reply] = {}
         failures: dict[int, str] = {}
         diverged = 0
-        for message in sorted(replies, key=lambda reply: partitions.get(reply.metadata.src_node_id, NOBODY)):
-            partition = partitions.get(message.metadata.src_node_id, NOBODY)
-            self._rows += ledger_rows(message, round, UP, partition)
-            if partition not in self._sent or partition in usable or partition in failures:
+        for message in sorted(replies, key=self._roster.partition_of):
+            partition = self._roster.partition_of(message)
+            self._now.rows += ledger_rows(message, round, UP, partition)
+            self._note_held(partition, message)
+            if message.metadata.message_type == QUERY_LINKS:
+                continue
+            if partition not in self._now.sent or partition in usable or partition in failures:
                 # Paid for, but no client's one answer, so it counts neither as usable nor as failed.
                 log.warning("round %d: a reply of client %d that nobody asked for is ignored", round, partition)
                 continue
             try:
-                usable[partition] = read_reply(message, self._expected)
+                usable[partition] = read_reply(message, self._now.expected)
             except BadReply as error:
                 failures[partition] = str(error)
                 diverged += error.is_divergence
                 log.warning("round %d: the reply of client %d is not used: %s", round, partition, error)
         return usable, failures, diverged
+
+    def _note_held(self, partition: int, message: Message) -> None:
+        """Remember how many closed links a client says it keeps, whatever else becomes of its reply."""
+        held, lacking = read_held(message), read_needs(message)
+        if lacking is not None:
+            held = lacking.needs.num_held
+        if held is not None and partition != NOBODY:
+            self.state.held[partition] = min(held, self.chain.num_links)
 
     def _update(self, usable: dict[int, Reply]) -> None:
         assert self.chain.open is not None

@@ -8,7 +8,7 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from fedraclora.delivery import DENSE, UPDATE
+from fedraclora.delivery import DENSE, UPDATE, Needs
 from fedraclora.payload import Shape, unflatten
 from strategies.method import ClientUpdate
 
@@ -31,6 +31,7 @@ class Expected:
     sketches: str
     shapes: Mapping[str, Mapping[str, Shape]]
     dtype: torch.dtype
+    max_norm: float = float("inf")
 
     @property
     def num_bytes(self) -> int:
@@ -52,6 +53,9 @@ def read_reply(message: Message, expected: Expected) -> Reply:
     """Return the reply that a message carries. Raises BadReply with the reason where it cannot be used."""
     if message.has_error():
         raise BadReply(f"client error {message.error.code}: {message.error.reason}")
+    lacking = read_needs(message)
+    if lacking is not None:
+        raise BadReply(f"it could not be brought up to date: {lacking.reason}")
     stated: Mapping[str, object] = message.content.config_records.get("reply", {})
     for name, digest in (("version", expected.version), ("sketches", expected.sketches)):
         if stated.get(name) != digest:
@@ -65,6 +69,9 @@ def read_reply(message: Message, expected: Expected) -> Reply:
     tensors = _read_tensors(message, expected)
     if not all(np.isfinite(tensor.numpy()).all() for tensor in tensors.values()):
         raise BadReply("its tensors hold NaN or infinity", is_divergence=True)
+    norm = sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
+    if norm > expected.max_norm:
+        raise BadReply(f"the norm of its tensors is {norm:.3g}, allowed is {expected.max_norm:.3g}", is_divergence=True)
     if not abs(train_loss) < float("inf"):
         raise BadReply(f"its training loss is {train_loss}", is_divergence=True)
     return Reply(ClientUpdate(tensors, float(num_examples)), num_examples, train_loss)
@@ -76,13 +83,52 @@ def _number(value: object) -> float:
     return float(value)
 
 
-def read_partition(message: Message) -> int | None:
-    """Return the partition that a handshake's reply names, None where it names none."""
+@dataclass(frozen=True)
+class Introduction:
+    """What a client says of itself in the handshake: its partition, and how many closed links it holds."""
+
+    partition: int
+    num_held: int
+
+
+def read_introduction(message: Message) -> Introduction:
+    """Return what a handshake's reply says. Raises BadReply with the reason where it says nothing usable."""
+    if message.has_error():
+        raise BadReply(f"client error {message.error.code}: {message.error.reason}")
+    stated: Mapping[str, object] = message.content.metric_records.get("partition", {})
+    partition, held = stated.get("partition-id"), stated.get("held")
+    if not isinstance(partition, int) or partition < 0 or not isinstance(held, int):
+        raise BadReply(f"it states {dict(stated)}, expected a partition-id, at least 0, and the links it holds")
+    return Introduction(partition, held)
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """What a client says it needs before it can train; `setup`: it does not know the run."""
+
+    needs: Needs
+    setup: bool
+    reason: str
+
+
+def read_needs(message: Message) -> Lacking | None:
+    """Return what a client says it needs, None where it says nothing of the kind."""
+    if message.has_error() or "needs" not in message.content.config_records:
+        return None
+    stated: Mapping[str, object] = message.content.config_records["needs"]
+    held = stated.get("num_held")
+    flags = {name: stated.get(name) is True for name in ("snapshot", "base", "factors")}
+    needs = Needs(max(0, held) if isinstance(held, int) else 0, **flags)
+    return Lacking(needs, stated.get("setup") is True, str(stated.get("reason", "")))
+
+
+def read_held(message: Message) -> int | None:
+    """Return how many closed links a client says it keeps, None where it does not say."""
     if message.has_error():
         return None
-    stated: Mapping[str, object] = message.content.metric_records.get("partition", {})
-    partition = stated.get("partition-id")
-    return partition if isinstance(partition, int) and partition >= 0 else None
+    stated: Mapping[str, object] = message.content.config_records.get("reply", {})
+    held = stated.get("held")
+    return max(0, held) if isinstance(held, int) else None
 
 
 def _read_tensors(message: Message, expected: Expected) -> dict[str, Tensor]:

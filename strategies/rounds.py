@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from flwr.app import Array, Message
 
+from fedraclora.delivery import CATCH_UPS
 from fedraclora.ledger import UP, LedgerRow, Traffic
 from fedraclora.local_config import LocalConfig
 from fedraclora.seeding import derive_seed, generator, stream
@@ -13,7 +14,9 @@ from strategies.state import Budget
 from strategies.wire import record_bytes
 
 WEIGHTINGS = ("examples", "uniform")
+BROADCASTS = ("lazy", "eager")
 QUERY_PARTITION = "query.partition"
+QUERY_LINKS = "query.links"
 # Stands in the ledger for a node that never said which partition it owns.
 NOBODY = -1
 
@@ -24,6 +27,11 @@ class RoundSettings:
 
     `fraction` of the `num_clients` partitions is sampled a round; a round with fewer than `min_replies` usable
     replies leaves the model unchanged; `weighting` is by `examples` or `uniform`; `seed` is the run's root seed.
+
+    `catch_up` is how a client that missed links is brought up to date (`fedraclora.delivery.CATCH_UPS`); `broadcast`
+    says whether clients outside the cohort get closed links each round (`eager`) or when next sampled (`lazy`).
+    A reply whose tensors' Euclidean norm exceeds `max_norm` is refused. A round ends `timeout_s` after its messages
+    went out, and the server waits `connect_s` for all clients before it begins with those that are there.
     """
 
     num_clients: int
@@ -33,6 +41,11 @@ class RoundSettings:
     min_replies: int = 1
     weighting: str = "examples"
     budget: Budget = field(default_factory=Budget)
+    catch_up: str = "cheapest"
+    broadcast: str = "lazy"
+    max_norm: float = 1e6
+    timeout_s: float = 3600.0
+    connect_s: float = 120.0
 
     def __post_init__(self) -> None:
         """Refuse values with which no round can be run."""
@@ -40,8 +53,13 @@ class RoundSettings:
             raise ValueError(f"num_clients={self.num_clients} must be at least 1, fraction={self.fraction} in (0, 1]")
         if not 1 <= self.min_replies <= self.cohort_size:
             raise ValueError(f"min_replies={self.min_replies} must lie between 1 and the cohort's {self.cohort_size}")
-        if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting={self.weighting!r} is unknown; valid: {', '.join(WEIGHTINGS)}")
+        choices = (("weighting", WEIGHTINGS), ("catch_up", CATCH_UPS), ("broadcast", BROADCASTS))
+        for name, valid in choices:
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; valid: {', '.join(valid)}")
+        for name in ("max_norm", "timeout_s", "connect_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
     @property
     def cohort_size(self) -> int:
@@ -59,6 +77,7 @@ class RoundReport:
     num_ok: int = 0
     num_failed: int = 0
     num_missing: int = 0
+    num_retried: int = 0
     is_updated: bool = False
     has_diverged: bool = False
     train_loss: float = float("nan")

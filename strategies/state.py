@@ -1,5 +1,6 @@
 """What the server remembers between rounds beside the chain, and the budget that it keeps to."""
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,7 +28,9 @@ class ServerState:
     The handshake is round 0, and -1 says that not even that has been.
 
     By partition: `held` counts the closed links that a client is known to hold, `last_used` is the last round whose
-    reply was used (where its state starts from), `spent` its tensor bytes so far.
+    reply was used (where its state starts from), `spent` its tensor bytes so far. `draws_otherwise` lists those whose
+    machines draw other factors and are sent them. `chain_id` names the chain to the clients, whatever becomes of the
+    run and its nodes; it is made once, at random.
     """
 
     round: int = -1
@@ -35,6 +38,8 @@ class ServerState:
     held: dict[int, int] = field(default_factory=dict)
     last_used: dict[int, int] = field(default_factory=dict)
     spent: dict[int, int] = field(default_factory=dict)
+    draws_otherwise: list[int] = field(default_factory=list)
+    chain_id: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def charge(self, rows: list[LedgerRow]) -> Traffic:
         """Add the rows of a round to the sums and return the round's own traffic."""
@@ -51,22 +56,23 @@ class ServerState:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "ServerState":
         """Return the state that `to_json` wrote, after a trip through JSON (which turns integer keys into text)."""
-        by_partition = {name: _integer_keys(value[name]) for name in ("held", "last_used", "spent")}
-        return ServerState(round=value["round"], traffic=Traffic(**value["traffic"]), **by_partition)
+        parts: dict[str, Any] = {name: _integer_keys(value[name]) for name in ("held", "last_used", "spent")}
+        parts |= {name: value[name] for name in ("round", "draws_otherwise", "chain_id")}
+        return ServerState(traffic=Traffic(**value["traffic"]), **parts)
 
 
 def _integer_keys(mapping: Mapping[str, int]) -> dict[int, int]:
     return {int(key): number for key, number in mapping.items()}
 
 
-def exceeded(budget: Budget, state: ServerState, down: Mapping[int, int], up_each: int) -> str | None:
+def exceeded(budget: Budget, state: ServerState, down: Mapping[int, int], up: Mapping[int, int]) -> str | None:
     """Return which limit the next round would break, in words, or None.
 
-    `down` holds the downlink bytes by client of the cohort, `up_each` what each of them would send.
+    `down` and `up` hold the bytes of the round by client; not all who are sent something answer with tensors.
     """
-    uplink = up_each * len(down)
+    uplink = sum(up.values())
     total = sum(down.values()) + uplink
-    most = max((state.spent.get(partition, 0) + size + up_each for partition, size in down.items()), default=0)
+    most = max((state.spent.get(who, 0) + size + up.get(who, 0) for who, size in down.items()), default=0)
     checks = (
         ("budget_mib", budget.total_bytes, state.traffic.total_bytes + total, total),
         ("uplink_mib", budget.uplink_bytes, state.traffic.uplink_bytes + uplink, uplink),

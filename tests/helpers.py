@@ -38,6 +38,7 @@ TINY = {
     "local_steps": 3,
     "batch_size": 8,
     "threads": 1,
+    "connect_s": 0.05,
 }
 GROUPS = ("method", "model", "dataset", "partition")
 Weights = dict[str, torch.Tensor]

@@ -2,8 +2,8 @@
 
 Train messages of one push become one cohort; every other message goes to the ClientApp, client by client. As in
 Flower, a client that fails answers with an error, keeps its state, and leaves the others alone; replies come in the
-order of the messages. Differs from Flower: timeouts and message lifetimes are not modelled, and a push is answered at
-once.
+order of the messages. Differs from Flower: timeouts and message lifetimes are not modelled; a push is answered at once,
+and what gets no reply is answered as Flower answers for a message whose time is over.
 
 This file and `strategies/wire.py` are the only ones that use private names of Flower: a `Message` can be made only
 where a process-wide task identity is set, so one grid can be in use at a time.
@@ -13,7 +13,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -24,8 +24,25 @@ from clients.cohort import Request, train
 from clients.replica import Replica
 
 RUN_ID, SERVER_NODE, TASK_ID = 1, 1, 1
+# Flower's code for a message whose reply will not come.
+NO_REPLY = 3
 
 Fault = Callable[[int, Message], Message | None]
+
+
+class Shared:
+    """The one replica of all clients, which needs neither a disk nor to be told of the run."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    def open(self, context: Context, message: Message) -> Replica:
+        """Return the replica."""
+        self._replica.advance()
+        return self._replica
+
+    def forget(self) -> None:
+        """Do nothing: there is no other copy."""
 
 
 class InProcessGrid(Grid):
@@ -35,7 +52,7 @@ class InProcessGrid(Grid):
     """
 
     def __init__(self, replica: Replica, num_clients: int, *, fault: Fault | None = None) -> None:
-        self._replica, self._app, self._fault = replica, client_app(replica), fault
+        self._replica, self._app, self._fault = replica, client_app(Shared(replica)), fault
         self._contexts = {_node_id(partition): _context(partition, num_clients) for partition in range(num_clients)}
         self._inbox: dict[str, Message] = {}
         self._counter = itertools.count()
@@ -71,9 +88,9 @@ class InProcessGrid(Grid):
         for message in batch:
             message.metadata.__dict__["_message_id"] = self._new_id()
         for message, reply in zip(batch, self._answer(batch), strict=True):
-            if reply is not None:
-                reply.metadata.__dict__["_message_id"] = self._new_id()
-                self._inbox[message.metadata.message_id] = reply
+            answer = reply or Message(Error(NO_REPLY, "no reply will come"), reply_to=message)
+            answer.metadata.__dict__["_message_id"] = self._new_id()
+            self._inbox[message.metadata.message_id] = answer
         return [message.metadata.message_id for message in batch]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -4,6 +4,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from clients.app import client_app, partition_of
+from experiments.runtimes.in_process import Shared
 from tests.helpers import federation, settings
 
 
@@ -14,8 +15,8 @@ def context(**config):
 def test_a_node_says_which_partition_it_owns():
     parts = federation(settings())
     question = Message(RecordDict(), 5, "query.partition", group_id="0")
-    reply = client_app(parts.replica)(question, context(**{"partition-id": 3}))
-    assert dict(reply.content.metric_records["partition"]) == {"partition-id": 3}
+    reply = client_app(Shared(parts.replica))(question, context(**{"partition-id": 3}))
+    assert dict(reply.content.metric_records["partition"]) == {"partition-id": 3, "held": 0}
 
 
 def test_a_node_without_a_partition_is_told_what_to_do():
@@ -25,12 +26,12 @@ def test_a_node_without_a_partition_is_told_what_to_do():
 
 def test_a_train_message_is_answered_with_arrays_metrics_and_digests_and_the_context_is_left_alone():
     parts = federation(settings())
-    parts.strategy.connect(parts.grid, None)
+    parts.strategy.connect(parts.grid)
     message = parts.strategy.configure_train(1, None, None, parts.grid)[0]
     parts.grid.push_messages([])
     message.metadata.__dict__["_message_id"] = "0" * 64
     own = context(**{"partition-id": 0})
-    reply = client_app(parts.replica)(message, own)
+    reply = client_app(Shared(parts.replica))(message, own)
     assert set(reply.content) == {"update", "metrics", "reply"}
     assert set(reply.content.metric_records["metrics"]) == {"num-examples", "num-steps", "train-loss"}
     assert reply.content.metric_records["metrics"]["num-examples"] == len(parts.problem.split.indices[0])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedraclora.delivery import VersionMismatch, deliver
+from fedraclora.delivery import Needs, VersionMismatch, deliver
 from fedraclora.local import LocalClient, LocalConfig, train_cohort
 from fedraclora.plan import RoundPlan
 from tests.helpers import federation, same_weights, settings
@@ -14,7 +14,7 @@ def parts():
     parts = federation(settings(dense=["fc1.bias"], momentum=0.5))
     parts.run()
     parts.chain.open_link(parts.problem.method.open_link(parts.chain.num_links))
-    parts.replica.receive([deliver(parts.chain, parts.replica.chain.num_links)])
+    parts.replica.receive([deliver(parts.chain, Needs(parts.replica.chain.num_links))])
     return parts
 
 
@@ -35,7 +35,7 @@ def test_a_replica_keeps_no_old_links(parts):
 def test_deliveries_with_a_gap_are_refused(parts):
     late = parts.problem.replica(parts.settings, parts.problem.new_chain(), parts.replica.store)
     with pytest.raises(VersionMismatch, match="holds 0 links"):
-        late.receive([deliver(parts.chain, 2)])
+        late.receive([deliver(parts.chain, Needs(2))])
 
 
 def test_the_trained_part_starts_at_zero_and_the_model_as_the_server_has_it(parts):
@@ -54,7 +54,7 @@ def test_a_plan_for_some_layers_computes_with_the_other_layers_terms_merged():
     """The open link of two layers was trained before; now only one of them goes on."""
     parts = federation(settings(method=("rac_lora", {"rounds_per_link": 0}), dtype="float64", dense=["fc2.bias"]))
     parts.run()
-    parts.replica.receive([deliver(parts.chain, parts.replica.chain.num_links)])
+    parts.replica.receive([deliver(parts.chain, Needs(parts.replica.chain.num_links))])
     terms = parts.chain.open.low_rank_terms()
     assert all(float(term.lora_b.abs().max()) > 0 for term in terms.values())
     inputs = parts.problem.dataset.test.inputs[:5]

@@ -41,8 +41,9 @@ def test_a_reply_is_pulled_once_and_only_by_the_id_of_its_message(parts):
     assert list(parts.grid.pull_messages([ids[1]])) == []
 
 
-def test_messages_to_nobody_stay_unanswered(parts):
-    assert list(parts.grid.send_and_receive([ask(77)])) == []
+def test_a_message_to_nobody_is_answered_as_flower_answers_for_one_that_no_reply_will_come_to(parts):
+    (reply,) = parts.grid.send_and_receive([ask(77)])
+    assert reply.error.code == 3
 
 
 def test_ids_are_as_long_as_those_of_flower(parts):
@@ -59,7 +60,7 @@ def test_faults_hit_train_replies_only():
 
 
 def test_a_train_message_that_is_delivered_changes_nothing_in_the_message(parts):
-    parts.strategy.connect(parts.grid, None)
+    parts.strategy.connect(parts.grid)
     messages = parts.strategy.configure_train(1, None, None, parts.grid)
     before = [message.content.object_id for message in messages]
     parts.grid.push_messages(messages)

@@ -19,6 +19,7 @@ from fedraclora.delivery import (
     SNAPSHOT,
     UPDATE,
     Delivery,
+    Needs,
     VersionMismatch,
     deliver,
     receive,
@@ -98,14 +99,14 @@ def test_any_pattern_of_participation_ends_at_the_servers_bits(data: st.DataObje
     for round in range(num_rounds):
         _open(server)
         for client in data.draw(st.sets(st.integers(0, num_clients - 1))):
-            receive(replicas[client], deliver(server, held[client]))
+            receive(replicas[client], deliver(server, Needs(held[client])))
             _assert_same(replicas[client], server)
             held[client] = server.num_links
         chosen = data.draw(st.lists(st.sampled_from(names), unique=True))
         dense = sorted({*chosen, *_set_by_open(server)})
         _advance(server, close=(round + 1) % rounds_per_link == 0, dense=dense)
     for client, replica in enumerate(replicas):
-        receive(replica, deliver(server, held[client]))
+        receive(replica, deliver(server, Needs(held[client])))
         _assert_same(replica, server)
 
 
@@ -115,12 +116,12 @@ def test_a_replica_shared_by_clients_takes_their_deliveries_in_any_order(data: s
     """The simulator's clients hold different versions but share one replica, which is as new as the newest."""
     newest = data.draw(st.integers(0, 4))
     server, replica = _grown(newest, dense=["head.bias"]), _start()
-    receive(replica, deliver(server, 0))
+    receive(replica, deliver(server, Needs(0)))
     for _ in range(data.draw(st.integers(0, 20))):
         _advance(server, dense=["head.bias"])
     _open(server)
     held = data.draw(st.permutations([newest, *data.draw(st.lists(st.integers(0, newest), max_size=3))]))
-    deliveries = [deliver(server, num_held) for num_held in held]
+    deliveries = [deliver(server, Needs(num_held)) for num_held in held]
     for delivery in deliveries:
         receive(replica, delivery)
         _assert_same(replica, server)
@@ -135,7 +136,7 @@ def test_dense_differences_and_explicit_factors_arrive_too() -> None:
             Dense("norm.weight", torch.ones(HEAD)),
         ]
         server.update(terms, close=True)
-    receive(replica, deliver(server, 0))
+    receive(replica, deliver(server, Needs(0)))
     _assert_same(replica, server)
 
 
@@ -144,7 +145,7 @@ def test_a_double_precision_chain_arrives_in_double_precision() -> None:
     for index in range(2):
         server.open_link(Link(index, ()))
         server.update([_low_rank(index, _numbers(index, OUT, RANK).double() / 3)], close=True)
-    delivery = deliver(server, 0)
+    delivery = deliver(server, Needs(0))
     assert all(array.dtype == np.float64 for array in delivery.arrays.values())
     receive(replica, delivery)
     _assert_same(replica, server)
@@ -153,9 +154,9 @@ def test_a_double_precision_chain_arrives_in_double_precision() -> None:
 @pytest.mark.parametrize("num_held", [0, 3])
 def test_receiving_a_delivery_twice_changes_nothing(num_held: int) -> None:
     server, replica = _grown(3, dense=["head.bias"]), _start()
-    receive(replica, deliver(server, 0))
+    receive(replica, deliver(server, Needs(0)))
     _advance(server, close=False)
-    delivery = deliver(server, num_held)
+    delivery = deliver(server, Needs(num_held))
     receive(replica, delivery)
     before = {name: tensor.clone() for name, tensor in replica.merged.items()}
     receive(replica, delivery)
@@ -166,7 +167,7 @@ def test_receiving_a_delivery_twice_changes_nothing(num_held: int) -> None:
 def test_the_receivers_weights_do_not_share_memory_with_the_message() -> None:
     server, replica = _grown(1, dense=["head.bias"]), _start()
     _advance(server, close=False)
-    delivery = deliver(server, 0)
+    delivery = deliver(server, Needs(0))
     receive(replica, delivery)
     for array in delivery.arrays.values():
         array[:] = 0
@@ -179,7 +180,7 @@ def test_the_receivers_weights_do_not_share_memory_with_the_message() -> None:
 def test_a_client_of_the_last_round_is_sent_exactly_the_last_link() -> None:
     server = _grown(3)
     _open(server)
-    delivery = deliver(server, 2)
+    delivery = deliver(server, Needs(2))
     assert _num_bytes(delivery) == {UPDATE: LINK_BYTES}
     assert delivery.num_bytes == LINK_BYTES
 
@@ -187,26 +188,29 @@ def test_a_client_of_the_last_round_is_sent_exactly_the_last_link() -> None:
 def test_a_client_that_is_up_to_date_is_sent_nothing_and_an_open_link_as_update() -> None:
     server = _grown(2)
     _open(server)
-    assert deliver(server, 2).num_bytes == 0
+    assert deliver(server, Needs(2)).num_bytes == 0
     _advance(server, close=False)
-    assert _num_bytes(deliver(server, 2)) == {UPDATE: LINK_BYTES}
+    assert _num_bytes(deliver(server, Needs(2))) == {UPDATE: LINK_BYTES}
 
 
 def test_dense_values_of_the_last_round_are_their_own_kind() -> None:
-    assert _num_bytes(deliver(_grown(3, dense=["head.bias"]), 2)) == {UPDATE: LINK_BYTES, DENSE: FLOAT_BYTES * HEAD}
+    assert _num_bytes(deliver(_grown(3, dense=["head.bias"]), Needs(2))) == {
+        UPDATE: LINK_BYTES,
+        DENSE: FLOAT_BYTES * HEAD,
+    }
 
 
 @pytest.mark.parametrize("num_missed", [1, 2, 5])
 def test_missed_links_are_catch_up_of_j_m_r_floats(num_missed: int) -> None:
     server = _grown(8)
     expected = {CATCH_UP: num_missed * LINK_BYTES, UPDATE: LINK_BYTES}
-    assert _num_bytes(deliver(server, 8 - 1 - num_missed)) == expected
+    assert _num_bytes(deliver(server, Needs(8 - 1 - num_missed))) == expected
 
 
 def test_links_missed_before_an_open_one_are_catch_up() -> None:
     server = _grown(3)
     _advance(server, close=False)
-    assert _num_bytes(deliver(server, 1)) == {CATCH_UP: 2 * LINK_BYTES, UPDATE: LINK_BYTES}
+    assert _num_bytes(deliver(server, Needs(1))) == {CATCH_UP: 2 * LINK_BYTES, UPDATE: LINK_BYTES}
 
 
 @given(num_links=st.integers(1, 3 * IN // RANK), num_held=st.integers(0, 40))
@@ -214,7 +218,7 @@ def test_links_missed_before_an_open_one_are_catch_up() -> None:
 def test_the_cheaper_of_replay_and_snapshot_is_sent(num_links: int, num_held: int) -> None:
     """The break-even is at n / r links: j links of m r floats against m n."""
     num_held = min(num_held, num_links)
-    found = _num_bytes(deliver(_grown(num_links), num_held))
+    found = _num_bytes(deliver(_grown(num_links), Needs(num_held)))
     replay = (num_links - num_held) * LINK_BYTES
     if num_held >= num_links - 1:
         assert found == ({UPDATE: replay} if replay else {})
@@ -229,21 +233,21 @@ def test_a_client_of_the_last_round_gets_the_update_even_where_a_snapshot_would_
     server = _start()
     server.open_link(Link(0, ()))
     server.update([LowRank("fc1", 1.0, _numbers(0, IN, IN), _numbers(1, OUT, IN))], close=True)
-    assert _num_bytes(deliver(server, 0)) == {UPDATE: FLOAT_BYTES * IN * (IN + OUT)}
+    assert _num_bytes(deliver(server, Needs(0))) == {UPDATE: FLOAT_BYTES * IN * (IN + OUT)}
     _advance(server)
-    assert _num_bytes(deliver(server, 0)) == {SNAPSHOT: SNAPSHOT_BYTES}
+    assert _num_bytes(deliver(server, Needs(0))) == {SNAPSHOT: SNAPSHOT_BYTES}
 
 
 def test_a_snapshot_comes_with_the_open_link_and_only_changed_tensors() -> None:
     server = _grown(IN, dense=["head.bias"])
     _advance(server, close=False)
-    assert _num_bytes(deliver(server, 0)) == {SNAPSHOT: SNAPSHOT_BYTES + FLOAT_BYTES * HEAD, UPDATE: LINK_BYTES}
+    assert _num_bytes(deliver(server, Needs(0))) == {SNAPSHOT: SNAPSHOT_BYTES + FLOAT_BYTES * HEAD, UPDATE: LINK_BYTES}
 
 
 def test_a_value_that_a_later_link_sets_again_is_not_sent() -> None:
     server = _grown(5, dense=["head.bias"])
     for num_held in range(5):
-        sent = _num_bytes(deliver(server, num_held))
+        sent = _num_bytes(deliver(server, Needs(num_held)))
         assert sent[DENSE] == FLOAT_BYTES * HEAD
         assert sent.get(CATCH_UP, 0) == (5 - 1 - num_held) * LINK_BYTES
 
@@ -256,18 +260,18 @@ def test_a_value_that_the_open_link_sets_again_is_not_sent_with_closed_links() -
     _advance(server, close=False, dense=["head.bias"])
     # Of the closed links only the newest norm is left to send.
     expected = {CATCH_UP: 3 * LINK_BYTES + HEAD_BYTES, UPDATE: LINK_BYTES, DENSE: HEAD_BYTES}
-    assert _num_bytes(deliver(server, 0)) == expected
+    assert _num_bytes(deliver(server, Needs(0))) == expected
     for num_held in range(4):
         replica = _start()
-        receive(replica, deliver(_grown(num_held, dense=["head.bias", "norm.weight"]), 0))
-        receive(replica, deliver(server, num_held))
+        receive(replica, deliver(_grown(num_held, dense=["head.bias", "norm.weight"]), Needs(0)))
+        receive(replica, deliver(server, Needs(num_held)))
         _assert_same(replica, server)
 
 
 def test_a_value_that_the_open_link_sets_again_is_not_in_a_snapshot() -> None:
     server = _grown(IN, dense=["head.bias", "norm.weight"])
     _advance(server, close=False, dense=["head.bias"])
-    delivery = deliver(server, 0)
+    delivery = deliver(server, Needs(0))
     expected = {SNAPSHOT: SNAPSHOT_BYTES + HEAD_BYTES, UPDATE: LINK_BYTES, DENSE: HEAD_BYTES}
     assert _num_bytes(delivery) == expected
     replica = _start()
@@ -275,9 +279,9 @@ def test_a_value_that_the_open_link_sets_again_is_not_in_a_snapshot() -> None:
     _assert_same(replica, server)
     # Once the link is closed its value is part of the weights again, for old replicas and for new ones.
     _advance(server, dense=["head.bias"])
-    receive(replica, deliver(server, IN))
+    receive(replica, deliver(server, Needs(IN)))
     late = _start()
-    receive(late, deliver(server, 0))
+    receive(late, deliver(server, Needs(0)))
     for one in (replica, late):
         _assert_same(one, server)
         assert equal_weights(one.merged, server.merged)
@@ -288,19 +292,19 @@ def test_a_value_set_once_long_ago_is_sent_to_who_lacks_it() -> None:
     _advance(server, dense=["head.bias"])
     for _ in range(3):
         _advance(server, dense=["norm.weight"])
-    assert _num_bytes(deliver(server, 0))[CATCH_UP] == 3 * LINK_BYTES + FLOAT_BYTES * HEAD
-    assert _num_bytes(deliver(server, 1))[CATCH_UP] == 2 * LINK_BYTES
+    assert _num_bytes(deliver(server, Needs(0)))[CATCH_UP] == 3 * LINK_BYTES + FLOAT_BYTES * HEAD
+    assert _num_bytes(deliver(server, Needs(1)))[CATCH_UP] == 2 * LINK_BYTES
 
 
 def test_seeds_and_zeros_cost_no_tensor_bytes() -> None:
     server = _start()
     _open(server)
-    assert deliver(server, 0).arrays == {}
+    assert deliver(server, Needs(0)).arrays == {}
     server.update(
         [LowRank("fc1", 1.0, SketchKey("raw", 1, 0, "fc1", "b", 1, IN), SketchKey("raw", 1, 0, "fc1", "a", 1, OUT))],
         close=True,
     )
-    delivery = deliver(server, 0)
+    delivery = deliver(server, Needs(0))
     assert delivery.num_bytes == 0
     replica = _start()
     receive(replica, delivery)
@@ -313,9 +317,9 @@ def test_seeds_and_zeros_cost_no_tensor_bytes() -> None:
 def test_a_gap_between_replica_and_delivery_is_a_version_mismatch() -> None:
     replica = _start()
     with pytest.raises(VersionMismatch, match=r"replica holds 0 links, those delivered are \[2, 3\]"):
-        receive(replica, deliver(_grown(4), 2))
+        receive(replica, deliver(_grown(4), Needs(2)))
     assert equal_weights(replica.merged, _start().merged)
-    receive(replica, deliver(_grown(4), 0))
+    receive(replica, deliver(_grown(4), Needs(0)))
     _assert_same(replica, _grown(4))
 
 
@@ -325,11 +329,11 @@ def test_a_replica_of_another_history_is_a_version_mismatch() -> None:
     replica.merged["head.bias"] += 1
     other = Chain.start(replica.merged)
     with pytest.raises(VersionMismatch, match="replica would end at"):
-        receive(other, deliver(_grown(1), 0))
+        receive(other, deliver(_grown(1), Needs(0)))
 
 
 def test_wrong_numbers_in_a_closed_link_are_refused_before_they_are_merged() -> None:
-    delivery = deliver(_grown(2), 0)
+    delivery = deliver(_grown(2), Needs(0))
     replica = _start()
     arrays = {kind: array + 1 for kind, array in delivery.arrays.items()}
     with pytest.raises(VersionMismatch):
@@ -359,7 +363,7 @@ def _assert_refused_before_merging(delivery: Delivery, kind: str, server: Chain,
 def test_wrong_numbers_in_a_snapshot_are_refused_before_they_are_merged() -> None:
     server = _grown(IN)
     _advance(server, close=False)
-    _assert_refused_before_merging(deliver(server, 0), SNAPSHOT, server, "snapshot is not what its digest says")
+    _assert_refused_before_merging(deliver(server, Needs(0)), SNAPSHOT, server, "snapshot is not what its digest says")
 
 
 @pytest.mark.parametrize("is_open", [True, False])
@@ -368,11 +372,11 @@ def test_wrong_numbers_in_a_link_without_its_superseded_values_are_refused_too(i
     server = _grown(3, dense=["head.bias"])
     if is_open:
         _advance(server, close=False, dense=["head.bias"])
-    _assert_refused_before_merging(deliver(server, 0), CATCH_UP, server, "link 0 is not what its digest")
+    _assert_refused_before_merging(deliver(server, Needs(0)), CATCH_UP, server, "link 0 is not what its digest")
 
 
 def test_another_digest_is_a_version_mismatch() -> None:
-    delivery = deliver(_grown(2), 0)
+    delivery = deliver(_grown(2), Needs(0))
     header = json.loads(delivery.header) | {"digest": "0" * 64}
     with pytest.raises(VersionMismatch, match="its server is at 000000000000"):
         receive(_start(), replace(delivery, header=json.dumps(header)))
@@ -381,9 +385,9 @@ def test_another_digest_is_a_version_mismatch() -> None:
 def test_other_numbers_in_an_open_link_are_a_version_mismatch() -> None:
     server = _grown(1)
     _advance(server, close=False)
-    delivery = deliver(server, 1)
+    delivery = deliver(server, Needs(1))
     replica = _start()
-    receive(replica, deliver(_grown(1), 0))
+    receive(replica, deliver(_grown(1), Needs(0)))
     arrays = {kind: array + 1 for kind, array in delivery.arrays.items()}
     with pytest.raises(VersionMismatch, match="replica would end at"):
         receive(replica, replace(delivery, arrays=arrays))
@@ -392,14 +396,14 @@ def test_other_numbers_in_an_open_link_are_a_version_mismatch() -> None:
 
 
 def test_missing_arrays_are_named() -> None:
-    delivery = deliver(_grown(3), 0)
+    delivery = deliver(_grown(3), Needs(0))
     arrays = {UPDATE: delivery.arrays[UPDATE]}
     with pytest.raises(VersionMismatch, match=r"lacks its arrays \['catch_up'\]; it holds \['update'\]"):
         receive(_start(), replace(delivery, arrays=arrays))
 
 
 def test_arrays_of_another_length_are_refused() -> None:
-    delivery = deliver(_grown(3), 0)
+    delivery = deliver(_grown(3), Needs(0))
     arrays = {kind: array[:-1] for kind, array in delivery.arrays.items()}
     with pytest.raises(ValueError, match="does not hold the"):
         receive(_start(), replace(delivery, arrays=arrays))
@@ -415,8 +419,10 @@ def test_the_sketch_digest_is_that_of_the_drawn_factors_by_name() -> None:
 
 
 def test_the_sketch_digest_notices_a_draw_that_differs_in_one_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    link = Link(0, (_low_rank(0, Zero((OUT, RANK))),))
-    expected, real = sketch_digest(link), sketch.draw
+    def link() -> Link:
+        return Link(0, (_low_rank(0, Zero((OUT, RANK))),))
+
+    expected, real = sketch_digest(link()), sketch.draw
 
     def other_machine(key: SketchKey) -> Tensor:
         drawn = real(key).clone()
@@ -424,7 +430,7 @@ def test_the_sketch_digest_notices_a_draw_that_differs_in_one_bit(monkeypatch: p
         return drawn
 
     monkeypatch.setattr(sketch, "draw", other_machine)
-    assert sketch_digest(link) != expected
+    assert sketch_digest(link()) != expected
 
 
 def test_no_link_and_no_drawn_factor_have_one_digest() -> None:

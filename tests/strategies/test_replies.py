@@ -137,8 +137,8 @@ def test_one_client_without_finite_numbers_is_no_divergence(name):
 class TwiceGrid:
     """Mixed into a grid: each reply arrives twice, the second time with other numbers."""
 
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = list(super().send_and_receive(messages, timeout=timeout))
+    def pull_messages(self, message_ids):
+        replies = list(super().pull_messages(message_ids))
         trained = [reply for reply in replies if reply.metadata.message_type == "train"]
         copies = [edit_array(copy.deepcopy(reply), lambda values: values + 100) for reply in trained]
         return [*replies, *copies]
@@ -159,8 +159,8 @@ def test_the_second_of_two_replies_is_refused():
 
 def test_the_reply_of_a_client_that_was_not_asked_is_ignored():
     class Stray(RecordingGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = list(super().send_and_receive(messages, timeout=timeout))
+        def pull_messages(self, message_ids):
+            replies = list(super().pull_messages(message_ids))
             if replies[0].metadata.message_type == "train":
                 stray = copy.deepcopy(replies[0])
                 stray.metadata.__dict__["_src_node_id"] = 12345
@@ -176,8 +176,8 @@ def test_the_reply_of_a_client_that_was_not_asked_is_ignored():
 
 def test_the_order_of_the_replies_changes_no_bit():
     class Backwards(RecordingGrid):
-        def send_and_receive(self, messages, *, timeout=None):
-            return list(super().send_and_receive(messages, timeout=timeout))[::-1]
+        def pull_messages(self, message_ids):
+            return list(super().pull_messages(message_ids))[::-1]
 
     parts, straight = federate(grid=Backwards), federate()
     reports, expected = parts.run(), straight.run()
@@ -209,8 +209,8 @@ def test_the_handshake_is_round_zero_and_charged():
 class Handshake(RecordingGrid):
     """Changes the answers to the question which partition a node owns; `change` gives None for no answer."""
 
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = super().send_and_receive(messages, timeout=timeout)
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)
         changed = [
             self.change(self._partition_of(reply), reply) if reply.metadata.message_type == QUERY_PARTITION else reply
             for reply in replies
@@ -222,7 +222,7 @@ class Handshake(RecordingGrid):
 
 
 def claiming(reply, partition):
-    reply.content["partition"] = MetricRecord({"partition-id": partition})
+    reply.content["partition"] = MetricRecord({"partition-id": partition, "held": 0})
     return reply
 
 

@@ -44,12 +44,12 @@ def test_charging_adds_each_clients_bytes():
 def test_a_limit_holds_to_the_byte(budget, name):
     """Spent so far: 60 up, 40 down, 50 by client 1. Next: 10 up each from clients 1 and 2, 12 and 4 bytes down."""
     state = ServerState(3, Traffic(uplink_bytes=60, downlink_bytes=40), spent={1: 50, 2: 50})
-    assert exceeded(budget, state, {1: 12, 2: 4}, 10) is None
+    assert exceeded(budget, state, {1: 12, 2: 4}, {1: 10, 2: 10}) is None
     tighter = Budget(*(None if limit is None else limit - 1 for limit in vars(budget).values()))
-    reason = exceeded(tighter, state, {1: 12, 2: 4}, 10)
+    reason = exceeded(tighter, state, {1: 12, 2: 4}, {1: 10, 2: 10})
     assert reason is not None
     assert name in reason
 
 
 def test_no_limit_is_never_exceeded():
-    assert exceeded(Budget(), ServerState(), {0: MIB**2}, MIB) is None
+    assert exceeded(Budget(), ServerState(), {0: MIB**2}, {0: MIB}) is None

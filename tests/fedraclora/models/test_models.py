@@ -22,7 +22,9 @@ def images(height=8, width=8):
 
 def build(name, seed=0, **settings):
     module = plugins.find("fedraclora.models", name)
-    return initial_model(module, module.Config(**settings), dataset=images(), seed=seed)
+    return initial_model(
+        module, module.Config(**settings), input_shape=images().input_shape, num_outputs=images().num_outputs, seed=seed
+    )
 
 
 def bits(model):
@@ -148,4 +150,4 @@ def test_a_plugin_that_builds_no_module_is_refused():
     module = types.ModuleType("strange")
     module.build = lambda config, *, input_shape, num_outputs: "model"
     with pytest.raises(TypeError, match=r"strange.build returned str"):
-        initial_model(module, None, dataset=images(), seed=0)
+        initial_model(module, None, input_shape=images().input_shape, num_outputs=images().num_outputs, seed=0)
