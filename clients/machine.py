@@ -19,7 +19,7 @@ from fedraclora.chain import Chain
 from fedraclora.data import check_examples
 from fedraclora.files import write_atomically
 from fedraclora.plugins import find
-from fedraclora.setup import DATASETS, Plugin, Setup, base_weights, load_dataset, set_threads, split_dataset
+from fedraclora.setup import DATASETS, Plugin, Setup, base_weights, build_dataset, hold_out, set_threads, split_dataset
 
 # A machine keeps the replicas of this many runs; those used longest ago go first.
 KEPT_RUNS = 4
@@ -127,11 +127,11 @@ def local_data(setup: Setup, node: Node) -> LocalData:
     """Return the examples of this machine: the node's own, or the run's data set with its partitions."""
     device, dtype = node.device or setup.device, setup.model.torch_dtype
     if not node.has_own_data:
-        dataset = load_dataset(setup.dataset, validation=setup.validation)
+        dataset = hold_out(build_dataset(setup.dataset), setup.dataset, validation=setup.validation)
         split = split_dataset(setup.partition, dataset, num_clients=setup.num_clients)
         return LocalData(dataset.train.to(device=device, dtype=dtype), dict(enumerate(split.indices)), setup.task)
     plugin = own_dataset(setup, node)
-    train = load_dataset(plugin, validation=0).train
+    train = build_dataset(plugin).train
     where = f"{node.data_path or plugin.name} of client {node.partition}"
     check_examples(train, f"{where}: the targets", setup.task, setup.model.num_outputs)
     if tuple(train.inputs.shape[1:]) != setup.model.input_shape:

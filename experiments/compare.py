@@ -18,12 +18,14 @@ import pandas as pd
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from experiments.folders import check_same_run, find_folder
 from experiments.groups import configure, plain_values
+from experiments.outcomes import DIVERGED, FINISHED, Diverged
 from experiments.problem import prepare
 from experiments.progress import Display
 from experiments.report import write_report
 from experiments.results import load_runs
-from experiments.run import DIVERGED, FINISHED, Diverged, check_same_run, find_folder, run
+from experiments.run import run
 from experiments.settings import CompareSettings, Settings
 from experiments.tables import comparison_table, render_table
 from fedraclora.files import read_json, write_atomically, write_json

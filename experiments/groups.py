@@ -19,6 +19,7 @@ GROUPS: Mapping[str, str] = {
     "model": "fedraclora.models",
     "dataset": "fedraclora.datasets",
     "partition": "fedraclora.partitions",
+    "runtime": "experiments.runtimes",
 }
 
 

@@ -1,6 +1,6 @@
 """From settings to the things that a run is made of, all checked before any training starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,23 +11,21 @@ from clients.state_store import ClientStore
 from experiments.groups import GROUPS, plain_values
 from experiments.settings import Settings
 from fedraclora.chain import Chain
-from fedraclora.data import Dataset, Examples, Split, check_dataset, holdout
+from fedraclora.data import Dataset, Split, check_dataset
 from fedraclora.finished import ModelCard
 from fedraclora.ledger import MIB
 from fedraclora.local_config import LocalConfig
-from fedraclora.models import initial_model
-from fedraclora.partitions import make_split
 from fedraclora.plan import RoundPlan
 from fedraclora.plugins import find, nearest
 from fedraclora.probe import check_clients_stay_apart
 from fedraclora.seeding import derive_seed, stream
+from fedraclora.setup import Plugin, Setup, base_weights, build_dataset, hold_out, split_dataset
 from fedraclora.sketch import LAWS
 from fedraclora.targets import find_dense, find_targets
 from strategies.method import Adapter, Method
 from strategies.rounds import RoundSettings
 from strategies.state import Budget
 
-RUNTIMES = ("in_process",)
 DTYPES = ("float32", "float64")
 SPLITS = ("test", "validation")
 
@@ -41,17 +39,22 @@ class Problem:
     model: nn.Module
     method: Method
     rounds: RoundSettings
-    card: ModelCard
+    setup: Setup
+
+    @property
+    def card(self) -> ModelCard:
+        """Return what it takes to build the model again."""
+        return self.setup.model
 
     def new_chain(self) -> Chain:
         """Return the chain without links over the initial weights; chains live on the CPU, models on their device."""
-        return Chain.start({name: tensor.cpu() for name, tensor in self.model.state_dict().items()})
+        return Chain.start(base_weights(self.model))
 
     def replica(self, settings: Settings, chain: Chain, store: ClientStore) -> Replica:
         """Return the replica that all simulated clients share; `chain` is its own copy of the log."""
         partitions = dict(enumerate(self.split.indices))
         data = LocalData(self.dataset.train, partitions, self.dataset.task)
-        memory = Memory(int(settings.chunk_mib * MIB), chunk_clients=1 if settings.exact else 0)
+        memory = Memory(self.setup.chunk_bytes, self.setup.chunk_clients)
         return Replica(self.model, data, chain, store, memory)
 
 
@@ -59,26 +62,54 @@ def prepare(settings: Settings) -> Problem:
     """Return the problem that the settings describe. Raises ValueError for anything that cannot be run."""
     _check_choices(settings)
     dataset = load_dataset(settings)
-    split = _plugin("partition", settings.partition, make_split, dataset=dataset, num_clients=settings.num_clients)(
-        seed=stream(settings.seed, "partition")
-    )
-    model = _plugin(
-        "model", settings.model, initial_model, input_shape=dataset.input_shape, num_outputs=dataset.num_outputs
-    )(seed=stream(settings.seed, "init"))
+    setup = _setup(settings, dataset)
+    split = split_dataset(setup.partition, dataset, num_clients=settings.num_clients)
+    model = setup.initial_model()
     check_no_tied_weights(model)
-    model = model.to(device=settings.device, dtype=getattr(torch, settings.dtype))
-    adapter = _adapter(settings, model)
-    method: Method = find(GROUPS["method"], settings.method.name).build(settings.method, adapter)
-    card = ModelCard(
+    setup = replace(setup, base=Chain.start(base_weights(model)).hash)
+    method: Method = find(GROUPS["method"], settings.method.name).build(settings.method, _adapter(settings, model))
+    problem = Problem(_on_device(dataset, settings), split, model, method, _round_settings(settings), setup)
+    _probe(problem, settings)
+    return problem
+
+
+def _setup(settings: Settings, dataset: Dataset) -> Setup:
+    """Return what a client's machine is told of the run, but for the digest of the base."""
+    model = ModelCard(
         name=settings.model.name,
-        config={key: value for key, value in plain_values(settings.model).items() if key != "name"},
+        config=_own_settings(settings.model),
         input_shape=dataset.input_shape,
         num_outputs=dataset.num_outputs,
         dtype=settings.dtype,
     )
-    problem = Problem(_on_device(dataset, settings), split, model, method, _round_settings(settings), card)
-    _probe(problem, settings)
-    return problem
+    partition_seed = stream(settings.seed, "partition")
+    return Setup(
+        base="",
+        model=model,
+        model_seed=stream(settings.seed, "init"),
+        task=dataset.task,
+        dataset=_dataset_plugin(settings),
+        validation=_validation(settings),
+        partition=Plugin(settings.partition.name, _own_settings(settings.partition), partition_seed),
+        num_clients=settings.num_clients,
+        device=settings.device,
+        threads=1 if settings.exact else settings.threads,
+        chunk_bytes=int(settings.chunk_mib * MIB),
+        chunk_clients=1 if settings.exact else 0,
+    )
+
+
+def _own_settings(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    return {key: value for key, value in plain_values(config).items() if key != "name"}
+
+
+def _dataset_plugin(settings: Settings) -> Plugin:
+    seed = derive_seed(stream(settings.seed, "init"), "dataset")
+    return Plugin(settings.dataset.name, _own_settings(settings.dataset), seed)
+
+
+def _validation(settings: Settings) -> float:
+    return settings.validation_fraction if settings.eval_split == "validation" else 0.0
 
 
 def _probe(problem: Problem, settings: Settings) -> None:
@@ -102,35 +133,17 @@ def check_no_tied_weights(model: nn.Module) -> None:
         owners[tensor.data_ptr()] = name
 
 
-def _plugin(group: str, config: Any, make: Any, **known: Any) -> Any:  # noqa: ANN401
-    """Return `make(module, config, seed=...)` for a plug-in, waiting for its seed."""
-    module = find(GROUPS[group], config.name)
-    return lambda seed: make(module, config, seed=seed, **known)
-
-
 def load_dataset(settings: Settings) -> Dataset:
     """Return the data set; with `eval_split=validation` its test set is held out from the training examples."""
-    seed = derive_seed(stream(settings.seed, "init"), "dataset")
-    dataset: Dataset = find(GROUPS["dataset"], settings.dataset.name).build(settings.dataset, seed=seed)
+    plugin = _dataset_plugin(settings)
+    dataset = build_dataset(plugin)
     check_dataset(dataset)
-    if settings.eval_split == "test":
-        return dataset
-    return holdout(dataset, fraction=settings.validation_fraction, seed=derive_seed(seed, "validation"))
+    return hold_out(dataset, plugin, validation=_validation(settings))
 
 
 def _on_device(dataset: Dataset, settings: Settings) -> Dataset:
-    dtype = getattr(torch, settings.dtype)
-
-    def move(examples: Examples) -> Examples:
-        targets = examples.targets
-        return Examples(
-            examples.inputs.to(device=settings.device, dtype=dtype),
-            targets.to(device=settings.device, dtype=dtype if targets.is_floating_point() else targets.dtype),
-        )
-
-    return Dataset(
-        dataset.name, move(dataset.train), move(dataset.test), dataset.task, dataset.num_outputs, dataset.groups
-    )
+    where = {"device": settings.device, "dtype": getattr(torch, settings.dtype)}
+    return replace(dataset, train=dataset.train.to(**where), test=dataset.test.to(**where))
 
 
 def _adapter(settings: Settings, model: nn.Module) -> Adapter:
@@ -189,7 +202,6 @@ def _bytes(mib: float | None) -> float | None:
 
 def _check_choices(settings: Settings) -> None:
     choices = (
-        ("runtime", settings.runtime, RUNTIMES),
         ("dtype", settings.dtype, DTYPES),
         ("eval_split", settings.eval_split, SPLITS),
         ("keep_versions", settings.keep_versions, ("all", "last")),

@@ -1,7 +1,7 @@
 """The settings of a run and of a comparison: one dataclass each, every key with its meaning beside it.
 
-Hydra composes them from the command line; `method`, `model`, `dataset` and `partition` are groups, one plug-in a
-file, each with settings of its own (`method.side=a`).
+Hydra composes them from the command line; `method`, `model`, `dataset`, `partition` and `runtime` are groups, one
+plug-in a file, each with settings of its own (`method.side=a`).
 """
 
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ class Settings:
     model: Any = None
     dataset: Any = None
     partition: Any = None
+    runtime: Any = None
 
     # The federation.
     seed: int = 0
@@ -74,7 +75,6 @@ class Settings:
     target_accuracies: list[float] = field(default_factory=lambda: [0.8, 0.9])
 
     # The machine. More than one thread pays for large models only, and changes the last bits (0: what PyTorch chooses).
-    runtime: str = "in_process"
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1

@@ -78,9 +78,14 @@ class Setup:
         return self.model.build(self.model_seed).to(self.device)
 
 
-def load_dataset(plugin: Plugin, *, validation: float) -> Dataset:
-    """Return the data set; with `validation` that share of its training examples is its test set."""
+def build_dataset(plugin: Plugin) -> Dataset:
+    """Return the data set that a plug-in makes."""
     dataset: Dataset = find(DATASETS, plugin.name).build(plugin.settings(), seed=plugin.seed)
+    return dataset
+
+
+def hold_out(dataset: Dataset, plugin: Plugin, *, validation: float) -> Dataset:
+    """Return the data set whose test examples are that share of the training examples; 0 changes nothing."""
     if not validation:
         return dataset
     return holdout(dataset, fraction=validation, seed=derive_seed(plugin.seed, "validation"))

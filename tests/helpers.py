@@ -31,6 +31,7 @@ TINY = {
     "model": ("mlp", {"hidden": [12]}),
     "partition": "dirichlet",
     "method": "rac_lora",
+    "runtime": "in_process",
     "num_clients": 6,
     "fraction": 0.5,
     "rounds": 3,
@@ -40,7 +41,7 @@ TINY = {
     "threads": 1,
     "connect_s": 0.05,
 }
-GROUPS = ("method", "model", "dataset", "partition")
+GROUPS = ("method", "model", "dataset", "partition", "runtime")
 Weights = dict[str, torch.Tensor]
 
 
@@ -144,7 +145,7 @@ def federation(
     problem = problem or prepare(chosen)
     replica = problem.replica(chosen, problem.new_chain(), ClientStore(folder))
     clients = grid(replica, chosen.num_clients, fault=fault)
-    strategy = ChainStrategy(problem.method, problem.new_chain(), problem.rounds)
+    strategy = ChainStrategy(problem.method, problem.new_chain(), problem.rounds, setup=problem.setup.to_json())
     return Federation(chosen, problem, replica, clients, strategy)
 
 

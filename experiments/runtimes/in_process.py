@@ -12,6 +12,9 @@ where a process-wide task identity is set, so one grid can be in use at a time.
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
@@ -22,12 +25,41 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.app import client_app, partition_of
 from clients.cohort import Request, train
 from clients.replica import Replica
+from clients.state_store import ClientStore
+from experiments.problem import Problem
+from experiments.recorder import Recorder
+from experiments.server import Watcher, serve
+from experiments.settings import Settings
 
 RUN_ID, SERVER_NODE, TASK_ID = 1, 1, 1
 # Flower's code for a message whose reply will not come.
 NO_REPLY = 3
 
 Fault = Callable[[int, Message], Message | None]
+
+
+@dataclass
+class Config:
+    """The runtime has no settings."""
+
+
+class InProcess:
+    """All clients in this process, on one replica."""
+
+    def run(self, settings: Settings, problem: Problem, folder: Path, watcher: Watcher) -> dict[str, Any]:
+        """Run the rounds here; the clients keep their own states beside the chain."""
+
+        def make_grid(problem: Problem, recorder: Recorder) -> "InProcessGrid":
+            replica = problem.replica(settings, recorder.replica(), ClientStore(folder / "clients"))
+            return InProcessGrid(replica, settings.num_clients)
+
+        return serve(settings, problem, folder, watcher, make_grid=make_grid)
+
+
+def build(config: Config) -> InProcess:
+    """Return the runtime."""
+    del config
+    return InProcess()
 
 
 class Shared:

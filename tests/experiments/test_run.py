@@ -9,9 +9,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-import experiments.run
+from experiments.outcomes import Diverged, NothingTrained
 from experiments.problem import prepare
-from experiments.run import Diverged, NothingTrained, run
+from experiments.run import run
+from experiments.runtimes import in_process
 from experiments.runtimes.in_process import InProcessGrid
 from fedraclora.files import read_json
 from fedraclora.finished import load_run
@@ -111,7 +112,7 @@ def fail_in(monkeypatch, *rounds):
     def fault(who, reply):
         return error_reply(reply) if int(reply.metadata.group_id) in rounds else reply
 
-    monkeypatch.setattr(experiments.run, "InProcessGrid", partial(InProcessGrid, fault=fault))
+    monkeypatch.setattr(in_process, "InProcessGrid", partial(InProcessGrid, fault=fault))
 
 
 def test_a_first_round_in_which_every_client_fails_ends_the_run_with_the_reason(tmp_path, monkeypatch):
@@ -121,7 +122,7 @@ def test_a_first_round_in_which_every_client_fails_ends_the_run_with_the_reason(
         run(settings(out=str(tmp_path / "run")), watcher)
     assert [(row["round"], row["num_ok"]) for row in watcher.rows] == [(0, 0), (1, 0)]
     summary = read_json(tmp_path / "run" / "summary.json")
-    assert (summary["status"], summary["num_rounds"]) == ("failed", 1)
+    assert (summary["status"], summary["num_rounds"]) == ("nothing trained", 1)
     assert load_run(tmp_path / "run").chain().digest == summary["chain_digest"]
 
 

@@ -1,0 +1,159 @@
+"""The server's side of a run, whatever the runtime: its folder, its rounds, their evaluation and the summary."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import isfinite
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+from flwr.serverapp import Grid
+from omegaconf import OmegaConf
+
+from experiments.folders import check_same_run
+from experiments.groups import plain_values
+from experiments.outcomes import AT_BUDGET, FAILED, FINISHED, Diverged, NothingTrained, status_of
+from experiments.plots import label_distribution_figure, save_png
+from experiments.problem import Problem
+from experiments.recorder import Recorder, round_row
+from experiments.settings import Settings
+from experiments.summary import write_summary
+from fedraclora.chain_store import ChainStore
+from fedraclora.files import write_atomically
+from fedraclora.partitions import label_counts
+from fedraclora.tasks import evaluate
+from strategies.base import ChainStrategy
+from strategies.rounds import RoundReport
+from strategies.state import BudgetTooSmall
+
+log = logging.getLogger("fedraclora")
+
+MakeGrid = Callable[[Problem, Recorder], Grid]
+
+
+class Watcher(Protocol):
+    """Is told of every round."""
+
+    def on_round(self, row: dict[str, Any], num_rounds: int) -> None:
+        """Show one round's row of `rounds.csv`."""
+        ...
+
+
+def serve(
+    settings: Settings, problem: Problem, folder: Path, watcher: Watcher, *, make_grid: MakeGrid
+) -> dict[str, Any]:
+    """Run, or continue, the run in `folder` over a grid, and return the summary that is written to `summary.json`.
+
+    Raises ValueError before anything is written where the folder holds another run, and Diverged where training does
+    not stay finite. Whatever ends a run, its summary is written.
+    """
+    with _threads(settings):
+        recorder = Recorder(folder, keep_versions=settings.keep_versions, snapshot_every=settings.snapshot_every)
+        if settings.resume and recorder.can_resume:
+            check_same_run(folder, settings)
+            chain, state = recorder.resume()
+            _check_base(problem, folder)
+            _write_settings(settings, folder)
+        else:
+            chain, state = problem.new_chain(), None
+            _write_description(problem, settings, folder)
+            recorder.start(chain)
+        setup = problem.setup.to_json()
+        strategy = ChainStrategy(problem.method, chain, problem.rounds, setup=setup, state=state)
+        return _run_rounds(_Run(settings, problem, recorder, strategy), make_grid, watcher)
+
+
+class _Run:
+    """The parts of a run in progress."""
+
+    def __init__(self, settings: Settings, problem: Problem, recorder: Recorder, strategy: ChainStrategy) -> None:
+        self.settings, self.problem, self.recorder, self.strategy = settings, problem, recorder, strategy
+
+    def row(self, report: RoundReport) -> dict[str, Any]:
+        """Return a round's row of `rounds.csv`, evaluated where it is due."""
+        name = self.settings.method.name
+        row = round_row(report, self.strategy.state.traffic, method=name, seed=self.settings.seed)
+        if report.round % self.settings.eval_every == 0 or report.round == self.settings.rounds:
+            model, dataset = self.problem.model, self.problem.dataset
+            model.load_state_dict(self.strategy.chain.weights())
+            row["test_loss"], row["test_accuracy"] = evaluate(model, dataset.test, dataset.task)
+        return row
+
+    def summary(self, status: str, error: str | None) -> dict[str, Any]:
+        """Write `summary.json` from the rounds on disk, and return it."""
+        digests = {"chain_digest": self.recorder.digest, "split_digest": self.problem.split.digest}
+        reason = {} if error is None else {"error": error}
+        return write_summary(self.recorder, self.settings, {"status": status, **reason, **digests})
+
+
+def _run_rounds(parts: _Run, make_grid: MakeGrid, watcher: Watcher) -> dict[str, Any]:
+    status, reason = FAILED, None
+    try:
+        _loop(parts, make_grid, watcher)
+        status = FINISHED if parts.strategy.stop_reason is None else AT_BUDGET
+    except BaseException as error:
+        status, reason = status_of(error), str(error) or None
+        raise
+    finally:
+        # Whatever ends the rounds, what was computed gets its summary.
+        summary = parts.summary(status, reason) if parts.recorder.can_resume else {}
+    if parts.strategy.stop_reason is not None:
+        log.info("stopped after round %d: %s", parts.strategy.state.round, parts.strategy.stop_reason)
+    return summary
+
+
+def _loop(parts: _Run, make_grid: MakeGrid, watcher: Watcher) -> None:
+    settings, strategy, recorder = parts.settings, parts.strategy, parts.recorder
+    if recorder.has_diverged:
+        raise Diverged(f"this run diverged in round {strategy.state.round}; nothing can be added to it")
+    try:
+        for report in strategy.rounds(make_grid(parts.problem, recorder), settings.rounds):
+            row = parts.row(report)
+            has_diverged = report.has_diverged or not isfinite(row.get("test_loss", 0.0))
+            recorder.commit(row, report, strategy.chain, strategy.state, has_diverged=has_diverged)
+            watcher.on_round(row, settings.rounds)
+            if has_diverged:
+                raise Diverged(
+                    f"training diverged in round {report.round}: NaN or infinity with lr={strategy.settings.local.lr}; "
+                    f"try a smaller one. All rounds so far are in {recorder.folder}"
+                )
+            if report.round == 1 and report.failures and not report.num_ok:
+                client, reason = next(iter(report.failures.items()))
+                raise NothingTrained(f"all clients of the first round failed; client {client}: {reason}")
+    except BudgetTooSmall as error:
+        raise BudgetTooSmall(f"{error}; with resume=true and a larger one the run goes on") from error
+
+
+def _check_base(problem: Problem, folder: Path) -> None:
+    if ChainStore(folder / "chain").base_hash() != problem.new_chain().hash:
+        raise ValueError(f"the initial weights made here differ from those of {folder}: is this another PyTorch?")
+
+
+def _write_settings(settings: Settings, folder: Path) -> None:
+    write_atomically(folder / "settings.yaml", OmegaConf.to_yaml(OmegaConf.create(plain_values(settings))).encode())
+
+
+def _write_description(problem: Problem, settings: Settings, folder: Path) -> None:
+    """Write all that is known before the first round."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_settings(settings, folder)
+    problem.card.save(folder / "model.json")
+    problem.split.save(folder / "split.npz")
+    if problem.dataset.task == "classification":
+        counts = pd.DataFrame(label_counts(problem.split, problem.dataset))
+        counts.insert(0, "partition", range(len(counts)))
+        counts.to_csv(folder / "label_counts.csv", index=False)
+        save_png(label_distribution_figure(counts), folder / "label_counts.png")
+
+
+@contextmanager
+def _threads(settings: Settings) -> Iterator[None]:
+    """Use the asked number of threads for the time of a run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if settings.exact else settings.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
