@@ -1,12 +1,14 @@
 """The plug-ins as Hydra groups: what the folders hold, and what a command line names from outside them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
+import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -103,6 +105,69 @@ def default_plugins(command: str) -> dict[str, str]:
     assert isinstance(listed, dict)
     named = [item for item in listed["defaults"] if isinstance(item, dict)]
     return {group: name for item in named for group, name in item.items() if group in GROUPS}
+
+
+def to_overrides(settings: Settings) -> list[str]:
+    """Return the overrides with which `compose` makes these settings again: what differs from the defaults.
+
+    Raises ValueError for a text that holds `${`, which Hydra would take for a reference.
+    """
+    defaults, overrides = Settings(), []
+    for item in fields(Settings):
+        value = getattr(settings, item.name)
+        if item.name in GROUPS:
+            overrides += [
+                f"{item.name}={value.name}",
+                *_changes(value, named_config(item.name, value.name)(), item.name),
+            ]
+        elif is_dataclass(value):
+            overrides += _changes(value, getattr(defaults, item.name), item.name)
+        elif value != getattr(defaults, item.name):
+            overrides.append(f"{item.name}={_as_override(value)}")
+    return overrides
+
+
+def _changes(config: Any, default: Any, prefix: str) -> list[str]:  # noqa: ANN401
+    names = [item.name for item in fields(default) if getattr(config, item.name) != getattr(default, item.name)]
+    return [f"{prefix}.{name}={_as_override(getattr(config, name))}" for name in names]
+
+
+def _as_override(value: object) -> str:
+    """Return a value as Hydra's grammar of overrides writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_as_override, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_as_override(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _quoted(text: str) -> str:
+    if "${" in text:
+        raise ValueError(f"{text!r} holds '${{', which Hydra takes for a reference; name it otherwise")
+    # Hydra's grammar: a backslash counts only before a quote, or before backslashes that end in one.
+    escaped = re.sub(r"(\\*)($|')", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def compose(overrides: Sequence[str]) -> Settings:
+    """Return the settings of a run that these overrides describe, as the command line would.
+
+    Raises ValueError for overrides that cannot be used.
+    """
+    register(overrides)
+    check_overrides(overrides, Settings, default_plugins("run"))
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra.compose("run", overrides=allow_new_keys(overrides, Settings))
+        settings = OmegaConf.to_object(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"the settings {list(overrides)} cannot be used: {error}") from error
+    assert isinstance(settings, Settings)
+    return settings
 
 
 def plain_values(settings: Any) -> dict[str, Any]:  # noqa: ANN401

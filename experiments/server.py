@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from experiments.folders import check_same_run
 from experiments.groups import plain_values
-from experiments.outcomes import AT_BUDGET, FAILED, FINISHED, Diverged, NothingTrained, status_of
+from experiments.outcomes import AT_BUDGET, FAILED, FINISHED, INTERRUPTED, Diverged, NothingTrained, status_of
 from experiments.plots import label_distribution_figure, save_png
 from experiments.problem import Problem
 from experiments.recorder import Recorder, round_row
@@ -86,6 +86,20 @@ class _Run:
         digests = {"chain_digest": self.recorder.digest, "split_digest": self.problem.split.digest}
         reason = {} if error is None else {"error": error}
         return write_summary(self.recorder, self.settings, {"status": status, **reason, **digests})
+
+
+@contextmanager
+def interrupted(settings: Settings, problem: Problem, folder: Path) -> Iterator[None]:
+    """Write the summary of a run whose server, another process, is ended by an interruption here."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        recorder = Recorder(folder, keep_versions=settings.keep_versions, snapshot_every=settings.snapshot_every)
+        if recorder.can_resume:
+            recorder.resume()
+            digests = {"chain_digest": recorder.digest, "split_digest": problem.split.digest}
+            write_summary(recorder, settings, {"status": INTERRUPTED, **digests})
+        raise
 
 
 def _run_rounds(parts: _Run, make_grid: MakeGrid, watcher: Watcher) -> dict[str, Any]:
