@@ -30,7 +30,9 @@ BYTE_COLUMNS = (
     "downlink_record_bytes",
 )
 # The columns that are fields of a RoundReport.
-REPORT_COLUMNS = (*("round", "link", "num_clients", "num_ok", "num_failed", "num_missing", "is_updated", "train_loss"),)
+REPORT_COLUMNS = (
+    *("round", "link", "num_clients", "num_ok", "num_failed", "num_missing", "num_retried", "is_updated", "train_loss"),
+)
 COLUMNS = (
     *("method", "seed"),
     *REPORT_COLUMNS,

@@ -156,6 +156,8 @@ class Chain:
         for name, tensor in snapshot.items():
             self.merged[name].copy_(tensor)
         self.num_links, self.hash, self.links, self.open = num_links, hash, [], None
+        # The same hash may stand for other numbers now: a snapshot is what mends a chain that drifted.
+        self._weights_digest = "", frozenset(), ""
 
 
 def _is_zero(term: Term) -> bool:

@@ -15,6 +15,7 @@ from fedraclora import sketch
 from fedraclora.chain import Chain, equal_weights
 from fedraclora.delivery import (
     CATCH_UP,
+    CATCH_UPS,
     DENSE,
     SNAPSHOT,
     UPDATE,
@@ -435,3 +436,127 @@ def test_the_sketch_digest_notices_a_draw_that_differs_in_one_bit(monkeypatch: p
 
 def test_no_link_and_no_drawn_factor_have_one_digest() -> None:
     assert sketch_digest(None) == sketch_digest(Link(0, (Set("head.bias", torch.zeros(HEAD)),)))
+
+
+# ---- by need
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_whatever_the_policy_a_replica_ends_at_the_servers_bits(data: st.DataObject) -> None:
+    """Also where it is sent drawn factors, and links between the rounds it trains in (eager broadcast)."""
+    server, replica, num_held = _start(), _start(), 0
+    rounds_per_link = data.draw(st.integers(1, 3))
+    for round in range(data.draw(st.integers(1, 12))):
+        _open(server)
+        needs = Needs(num_held, factors=data.draw(st.booleans()))
+        policy = data.draw(st.sampled_from(CATCH_UPS))
+        what = data.draw(st.sampled_from(["nothing", "links", "all"]))
+        if what != "nothing":
+            receive(replica, deliver(server, needs, policy=policy, with_open=what == "all"))
+            num_held = server.num_links
+        if what == "all":
+            _assert_same(replica, server)
+        _advance(server, close=(round + 1) % rounds_per_link == 0, dense=["head.bias"])
+    receive(replica, deliver(server, Needs(num_held), policy=data.draw(st.sampled_from(CATCH_UPS))))
+    _assert_same(replica, server)
+
+
+def test_the_policies_send_what_they_are_named_after() -> None:
+    server = _grown(IN + 1)
+    assert set(_num_bytes(deliver(server, Needs(0), policy="replay"))) == {CATCH_UP, UPDATE}
+    assert set(_num_bytes(deliver(server, Needs(IN), policy="snapshot"))) == {UPDATE}, "it took part in the last update"
+    assert set(_num_bytes(deliver(server, Needs(IN - 1), policy="snapshot"))) == {SNAPSHOT}
+    assert set(_num_bytes(deliver(server, Needs(IN - 1), policy="cheapest"))) == {CATCH_UP, UPDATE}
+
+
+def _other_machine(key: SketchKey) -> Tensor:
+    drawn = _REAL_DRAW(key).clone()
+    drawn.view(torch.int32)[0, 0] ^= 1
+    return drawn
+
+
+_REAL_DRAW = sketch.draw
+
+
+def test_a_machine_that_draws_other_bits_says_so_and_is_mended_by_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = _grown(2)
+    _open(server)
+    plain, explicit = deliver(server, Needs(0)), deliver(server, Needs(0, factors=True))
+    expected = server.open.drawn_factors
+    monkeypatch.setattr(sketch, "draw", _other_machine)
+    replica = _start()
+    with pytest.raises(VersionMismatch, match="this machine draws factors") as caught:
+        receive(replica, plain)
+    assert caught.value.needs == Needs(0, factors=True)
+    assert equal_weights(replica.merged, _start().merged), "nothing was merged"
+    receive(replica, explicit)
+    found = replica.open.drawn_factors
+    assert all(torch.equal(found[name], factor) for name, factor in expected.items())
+    _assert_same(replica, server)
+    assert explicit.num_bytes - plain.num_bytes == 3 * FLOAT_BYTES * RANK * IN
+    assert explicit.arrays["control"].nbytes == 3 * FLOAT_BYTES * RANK * IN
+
+
+def test_a_replica_whose_numbers_drifted_says_so_and_is_mended_by_a_snapshot() -> None:
+    server, replica = _grown(3), _start()
+    receive(replica, deliver(server, Needs(0)))
+    replica.merged["fc1.weight"][0, 0] += 1e-3
+    _advance(server)
+    with pytest.raises(VersionMismatch, match="merged weights") as caught:
+        receive(replica, deliver(server, Needs(3)))
+    assert caught.value.needs.snapshot
+    receive(replica, deliver(server, caught.value.needs))
+    _assert_same(replica, server)
+
+
+def test_drift_is_found_where_nothing_is_missing_too() -> None:
+    server, replica = _grown(3), _start()
+    receive(replica, deliver(server, Needs(0)))
+    replica.merged["fc1.weight"][0, 0] += 1
+    replica._weights_digest = ("", frozenset(), "")  # as after a restart
+    with pytest.raises(VersionMismatch, match="merged weights"):
+        receive(replica, deliver(server, Needs(3)))
+
+
+@pytest.mark.parametrize("num_links", [0, 2])
+def test_a_machine_without_the_base_takes_a_snapshot_of_everything_only(num_links: int) -> None:
+    server, replica = _grown(num_links, dense=["head.bias"]), _start()
+    for tensor in replica.merged.values():
+        tensor.fill_(7.0)
+    replica.num_links, replica.hash = -1, ""
+    with pytest.raises(VersionMismatch, match="base") as caught:
+        receive(replica, deliver(server, Needs(0)))
+    assert caught.value.needs == Needs(base=True)
+    whole = deliver(server, caught.value.needs)
+    assert whole.arrays[SNAPSHOT].size == sum(tensor.numel() for tensor in server.merged.values())
+    receive(replica, whole)
+    _assert_same(replica, server)
+
+
+def test_a_replica_of_other_links_has_diverged() -> None:
+    server, other, replica = _grown(3), _start(), _start()
+    for _ in range(2):
+        _advance(other, dense=["head.bias"])
+    receive(replica, deliver(other, Needs(0)))
+    with pytest.raises(VersionMismatch) as caught:
+        receive(replica, deliver(server, Needs(2)))
+    assert caught.value.has_diverged
+    assert caught.value.needs == Needs(0)
+
+
+def test_a_replica_that_is_ahead_has_diverged() -> None:
+    replica = _start()
+    receive(replica, deliver(_grown(3), Needs(0)))
+    with pytest.raises(VersionMismatch) as caught:
+        receive(replica, deliver(_grown(2), Needs(2)))
+    assert caught.value.has_diverged
+
+
+def test_what_was_received_is_told_link_by_link() -> None:
+    server, replica = _grown(2), _start()
+    received = receive(replica, deliver(server, Needs(0), policy="replay"))
+    assert [item.link.index for item in received.links] == [0, 1]
+    assert received.links[-1].hash == server.hash
+    assert not received.is_snapshot
+    assert receive(replica, deliver(server, Needs(0), policy="replay")).links == ()

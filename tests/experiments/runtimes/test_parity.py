@@ -1,0 +1,113 @@
+"""One app, three runtimes: the same settings end in the same model, and every message carries the same tensors."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from experiments.problem import prepare
+from experiments.run import run
+from experiments.runtimes import simulation
+from experiments.runtimes.deployment import local_superlink, submit, write_data
+from fedraclora.files import read_json
+from fedraclora.finished import load_run
+from tests.helpers import Silent, relative_distance, settings
+
+pytestmark = pytest.mark.slow
+
+METHODS = ("rac_lora", "fed_it", "full")
+SENT = ["round", "direction", "partition", "kind", "parameters", "tensor_bytes"]
+
+
+def eight_clients(method, **changes):
+    plain = {"num_clients": 8, "fraction": 0.5, "rounds": 6, "dataset": "mnist_5k", "method": method, "lr": 0.5}
+    return settings(**{**plain, "connect_s": 120.0, **changes})
+
+
+@pytest.fixture(scope="module")
+def in_process(tmp_path_factory):
+    def start(chosen):
+        folder = tmp_path_factory.mktemp("in_process") / "run"
+        return run(replace(chosen, out=str(folder)), Silent()), folder
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("simulated")
+    with simulation.simulation_superlink(folder) as processes:
+
+        def start(chosen):
+            own = folder / f"{chosen.method.name}_{chosen.exact}_{chosen.dtype}"
+            summary = simulation.Simulation(simulation.Config()).submit(processes, chosen, own, Silent())
+            return summary, own
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory):
+    """A SuperLink and eight SuperNodes, which serve run after run."""
+    folder = tmp_path_factory.mktemp("deployed")
+    with ExitStack() as stack:
+        nodes = stack.enter_context(local_superlink(folder / "flower"))
+        for partition, own in write_data(prepare(eight_clients("rac_lora")), folder / "nodes").items():
+            nodes.start(partition, 8, own)
+
+        def start(chosen):
+            own = folder / f"{chosen.method.name}_{chosen.exact}_{chosen.dtype}"
+            return submit(nodes.processes, chosen, own, Silent()), own
+
+        yield start
+
+
+def sent(folder):
+    """Return what every message carried, in an order of its own: replies come as they come."""
+    return pd.read_csv(folder / "ledger.csv")[SENT].sort_values(SENT).reset_index(drop=True)
+
+
+def weights(folder):
+    return load_run(folder).chain().weights()
+
+
+def assert_same_but_for_kernels(found, expected, tolerance):
+    assert relative_distance(weights(found[1]), weights(expected[1])) <= tolerance
+    pd.testing.assert_frame_equal(sent(found[1]), sent(expected[1]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_runs_end_with_one_digest_in_every_runtime(method, in_process, simulated, deployed):
+    chosen = eight_clients(method, exact=True)
+    expected, folder = in_process(chosen)
+    for start in (simulated, deployed):
+        found, own = start(chosen)
+        assert found["chain_digest"] == expected["chain_digest"], start
+        assert found["split_digest"] == expected["split_digest"]
+        pd.testing.assert_frame_equal(sent(own), sent(folder))
+        columns = ["round", "num_ok", "num_failed", "num_missing", "num_retried", "test_accuracy", "cum_total_bytes"]
+        pd.testing.assert_frame_equal(
+            pd.read_csv(own / "rounds.csv")[columns], pd.read_csv(folder / "rounds.csv")[columns]
+        )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize("method", METHODS)
+def test_without_exact_only_the_kernels_rounding_differs(method, dtype, tolerance, in_process, simulated):
+    chosen = eight_clients(method, dtype=dtype)
+    assert_same_but_for_kernels(simulated(chosen), in_process(chosen), tolerance)
+
+
+def test_without_exact_real_nodes_differ_by_rounding_too(in_process, deployed):
+    chosen = eight_clients("rac_lora", dtype="float64")
+    assert_same_but_for_kernels(deployed(chosen), in_process(chosen), 1e-12)
+
+
+def test_flower_counts_the_same_bytes(deployed):
+    """The uplink within 2 %; the downlink with Flower's own answers to the nodes, which grow with the messages."""
+    _, folder = deployed(eight_clients("ffa_lora", exact=True, rounds=2))
+    counted = read_json(folder / "flower" / "run.json")["network-traffic"]
+    ours = pd.read_csv(folder / "ledger.csv").groupby("direction")["record_bytes"].sum()
+    assert counted["inbound-bytes"] == pytest.approx(ours["up"], rel=0.02)
+    assert ours["down"] < counted["outbound-bytes"] < 1.25 * ours["down"]
