@@ -42,7 +42,7 @@ def exchange(
         if not waiting or time.monotonic() > end:
             break
         if not again:
-            time.sleep(POLL_S)
+            time.sleep(min(POLL_S, max(0.0, end - time.monotonic())))
     order = {message.metadata.dst_node_id: place for place, message in enumerate(messages)}
     return sorted(replies, key=lambda reply: order.get(reply.metadata.src_node_id, len(order)))
 

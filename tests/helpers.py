@@ -1,7 +1,7 @@
 """What several tests build: settings of a tiny run, the federation of such settings, and grids that watch or meddle."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,9 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Error, Message, MessageType
 
+from clients.app import client_app
 from clients.cohort import Request, train
+from clients.machine import Machines
 from clients.replica import Replica
 from clients.state_store import ClientStore
 from experiments.groups import configure
@@ -21,6 +23,8 @@ from experiments.problem import Problem, prepare
 from experiments.runtimes.in_process import Fault, InProcessGrid
 from experiments.settings import CompareSettings, Settings
 from fedraclora.chain import Chain
+from fedraclora.link import materialize
+from fedraclora.payload import unflatten
 from fedraclora.plugins import names
 from strategies.base import ChainStrategy
 from strategies.rounds import RoundReport
@@ -107,6 +111,49 @@ class AppsGrid(InProcessGrid):
             train(self.replicas[part], [Request(part, message)])[0]
             for part, message in zip(parts, messages, strict=True)
         ]
+
+
+class NodesGrid(RecordingGrid):
+    """Clients as on real nodes: each has its own disk below `folder`, and a new process for every message.
+
+    `trouble(partition, message, disk)` is called before a client sees a message; what it raises ends that process.
+    """
+
+    folder: Path
+    trouble: Callable[[int, Message, Path], None] | None = None
+
+    def __init__(self, replica: Replica, num_clients: int, *, fault: Fault | None = None) -> None:
+        super().__init__(replica, num_clients, fault=fault)
+        for context in self._contexts.values():
+            partition = context.node_config["partition-id"]
+            own = {"replica-path": str(self.folder / f"disk_{partition}"), "dataset": "files"}
+            context.node_config |= {**own, "data-path": str(self.folder / f"data_{partition}.npz")}
+            mine = replica.data.examples.select(replica.data.partitions[partition])
+            self.folder.mkdir(exist_ok=True)
+            np.savez(context.node_config["data-path"], inputs=mine.inputs.numpy(), targets=mine.targets.numpy())
+        self._app = self._new_process
+
+    def _new_process(self, message, context):
+        partition = context.node_config["partition-id"]
+        try:
+            if self.trouble is not None:
+                self.trouble(partition, message, Path(context.node_config["replica-path"]))
+            return client_app(Machines())(message, context)
+        except ProcessDied as error:
+            return Message(Error(8, str(error)), reply_to=message)
+
+    def _train(self, messages):
+        return [self._app(message, self._contexts[message.metadata.dst_node_id]) for message in messages]
+
+
+class ProcessDied(Exception):
+    """A client's process is gone; Flower answers for it."""
+
+
+def nodes_grid(where: Path, trouble: Callable[[int, Message, Path], None] | None = None) -> type[NodesGrid]:
+    """Return a NodesGrid over disks in `where`."""
+    call = None if trouble is None else staticmethod(trouble)
+    return type("Grid", (NodesGrid,), {"folder": where, "trouble": call})
 
 
 @dataclass
@@ -199,9 +246,9 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, name: str, config: type, build) -> 
     return module.__name__
 
 
-def error_reply(reply: Message) -> Message:
-    """Return the reply that Flower makes where a client's program raised."""
-    return Message(Error(2, "the client's program raised"), reply_to=_question(reply))
+def error_reply(reply: Message, code: int = 2) -> Message:
+    """Return the reply that Flower makes where a client's program raised (2) or its process died (8)."""
+    return Message(Error(code, "the client's program failed"), reply_to=_question(reply))
 
 
 def _question(reply: Message) -> Message:
@@ -246,3 +293,36 @@ def four_clients_problem():
 def federate(**options):
     """Return a federation of four clients that all take part in three rounds of rac_lora."""
     return federation(FOUR_CLIENTS, problem=four_clients_problem(), **options)
+
+
+def merged_over(parts, used):
+    """Return the weights that the used replies of each round (1, 2, ...) imply, computed here from the messages.
+
+    `used` maps a round to its clients; each round of rac_lora closes a link.
+    """
+    weights = {name: tensor.double() for name, tensor in parts.problem.new_chain().weights().items()}
+    sizes = [len(rows) for rows in parts.problem.split.indices]
+    links = iter(parts.chain.links)
+    for round, clients in used.items():
+        link = next(links)
+        shapes = [tuple(term.lora_b.shape) for term in link.terms]
+        replies = {
+            part: unflatten(reply.content.array_records["update"]["flat"].numpy(), shapes)
+            for way, part, reply in parts.grid.seen
+            if way == "up" and reply.metadata.group_id == str(round) and part in clients and _is_trained(reply)
+        }
+        for place, term in enumerate(link.terms):
+            total = sum(sizes[part] for part in clients)
+            mean = sum(sizes[part] / total * replies[part][place].double() for part in clients)
+            drawn = materialize(term.lora_a, parts.chain.merged[term.target]).double()
+            weights[term.target] += term.scale * mean @ drawn
+    return weights
+
+
+def assert_close(found, expected):
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+def _is_trained(reply: Message) -> bool:
+    return not reply.has_error() and "update" in reply.content.array_records

@@ -9,42 +9,23 @@ from flwr.app import Array, ArrayRecord, MetricRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.link import materialize
 from fedraclora.local import LocalConfig
-from fedraclora.payload import unflatten
 from strategies.base import ChainStrategy
 from strategies.rounds import RoundSettings, sample_cohort
 from strategies.state import Budget, BudgetTooSmall, ServerState
-from tests.helpers import METHODS, edit_array, error_reply, federate, federation, put, same_weights, settings, spoil
-
-
-def merged_over(parts, used):
-    """Return the weights that the used replies of each round (1, 2, ...) imply, computed here from the messages.
-
-    `used` maps a round to its clients; each round of rac_lora closes a link.
-    """
-    weights = {name: tensor.double() for name, tensor in parts.problem.new_chain().weights().items()}
-    sizes = [len(rows) for rows in parts.problem.split.indices]
-    links = iter(parts.chain.links)
-    for round, clients in used.items():
-        link = next(links)
-        shapes = [tuple(term.lora_b.shape) for term in link.terms]
-        replies = {
-            part: unflatten(reply.content.array_records["update"]["flat"].numpy(), shapes)
-            for way, part, reply in parts.grid.seen
-            if way == "up" and reply.metadata.group_id == str(round) and part in clients
-        }
-        for place, term in enumerate(link.terms):
-            total = sum(sizes[part] for part in clients)
-            mean = sum(sizes[part] / total * replies[part][place].double() for part in clients)
-            drawn = materialize(term.lora_a, parts.chain.merged[term.target]).double()
-            weights[term.target] += term.scale * mean @ drawn
-    return weights
-
-
-def assert_close(found, expected):
-    for name, tensor in found.items():
-        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
+from tests.helpers import (
+    METHODS,
+    assert_close,
+    edit_array,
+    error_reply,
+    federate,
+    federation,
+    merged_over,
+    put,
+    same_weights,
+    settings,
+    spoil,
+)
 
 
 def test_all_replies_are_used_and_weighted_by_examples():
