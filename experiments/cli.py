@@ -1,4 +1,4 @@
-"""The console command: `fedraclora run | compare | report | replay`."""
+"""The console command: `fedraclora run | compare | report | replay | doctor | credentials`."""
 
 import logging
 import sys
@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from experiments.compare import compare
+from experiments.credentials import write_credentials
+from experiments.doctor import examine
 from experiments.groups import CONF, allow_new_keys, check_overrides, default_plugins, register
 from experiments.progress import Display, start_logging
 from experiments.replay import replay
@@ -30,6 +32,9 @@ fedraclora: what accuracy does a byte buy? Federated RAC-LoRA and its rivals, ev
   fedraclora report RUN... [out=PATH]     report.html from finished runs
   fedraclora replay RUN [export=PATH] [version=N]
                                           rebuild the model from its log and verify its digest
+  fedraclora doctor                       what works here: packages, runtimes, a round over the loopback interface
+  fedraclora credentials OUT [clients=2] [hosts=localhost,127.0.0.1] [days=30]
+                                          certificates and keys for trying a secured deployment out
 
 Examples:
   fedraclora run method=rac_lora dataset=mnist_5k model=mlp rounds=20 num_clients=50 fraction=0.2 rank=8
@@ -53,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "report": _report,
         "replay": _replay,
+        "doctor": _doctor,
+        "credentials": _credentials,
     }
     if command in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
@@ -75,9 +82,12 @@ def _run(arguments: list[str], console: Console) -> None:
         with Display(console, logs_rounds=True) as display:
             display.start_run(f"{settings.method.name} on {settings.dataset.name}")
             summary = run(settings, display)
+        log = logging.getLogger("fedraclora")
+        if not summary:
+            log.info("the run ended well; its results are on the machine of the SuperLink, in %s", settings.out)
+            return
         accuracy, loss = summary["final_test_accuracy"], summary["final_test_loss"]
         score = f"accuracy {accuracy:.4f}" if accuracy is not None else f"loss {loss:.6g}"
-        log = logging.getLogger("fedraclora")
         log.info(
             "%s after %d rounds: %s, %.3f MiB up, %.3f MiB down; chain %s",
             summary["status"], summary["num_rounds"], score, summary["uplink_bytes"] / MIB,
@@ -147,6 +157,23 @@ def _replay(arguments: list[str], console: Console) -> None:
     version = int(options["version"]) if "version" in options else None
     for line in replay(Path(runs[0]), version=version, export=options.get("export")):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _doctor(arguments: list[str], console: Console) -> None:
+    if arguments:
+        raise ValueError(f"doctor takes no arguments; found {arguments}")
+    if not examine(console):
+        raise RuntimeError("something above does not work here")
+
+
+def _credentials(arguments: list[str], console: Console) -> None:
+    folders, options = _split(arguments, ("clients", "hosts", "days"))
+    if len(folders) != 1:
+        raise ValueError("name one folder: fedraclora credentials OUT [clients=2] [hosts=HOST,HOST] [days=30]")
+    hosts = options.get("hosts", "localhost,127.0.0.1").split(",")
+    clients, days = int(options.get("clients", "2")), int(options.get("days", "30"))
+    for name, use in write_credentials(Path(folders[0]), clients=clients, hosts=hosts, days=days).items():
+        console.print(f"{name}: {use}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _split(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:

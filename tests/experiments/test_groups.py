@@ -1,8 +1,24 @@
 """Plug-ins become Hydra groups: what a name and a key may be."""
 
-import pytest
+import shlex
 
-from experiments.groups import GROUPS, allow_new_keys, configure, named_config, plain_values
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from experiments.groups import (
+    CONF,
+    GROUPS,
+    allow_new_keys,
+    compose,
+    configure,
+    named_config,
+    plain_values,
+    to_overrides,
+)
 from experiments.settings import CompareSettings, Settings
 from fedraclora.plugins import UnknownPlugin, names
 from tests.helpers import plug_in, settings
@@ -55,3 +71,62 @@ def test_a_plug_in_may_not_have_a_setting_called_name(monkeypatch):
     for act in (lambda: named_config("method", path), lambda: configure("method", path, {})):
         with pytest.raises(ValueError, match=r"method 'made_up\.named' has a setting called 'name'.*rename it"):
             act()
+
+
+# ---- settings as overrides, which is how they travel to a ServerApp
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\x00", exclude_categories=["Cs", "Cc"]), max_size=12)
+SAFE = TEXTS.filter(lambda text: "${" not in text)
+
+
+@given(
+    name=SAFE,
+    out=st.none() | SAFE,
+    targets=SAFE | st.lists(SAFE, max_size=3),
+    dense=st.lists(SAFE, max_size=3),
+    ranks=st.dictionaries(
+        st.from_regex(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)?", fullmatch=True), st.integers(1, 64), max_size=3
+    ),
+    numbers=st.tuples(st.floats(1e-12, 1e12), st.integers(0, 10**9), st.booleans()),
+    accuracies=st.lists(st.floats(0, 1), max_size=3),
+    side=st.sampled_from(["a", "b", "auto"]),
+)
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_settings_survive_the_trip_as_one_text(values, side):
+    chosen = settings(method=("rac_lora", {"side": side}), runtime="simulation", **values)
+    chosen.sketch.law = "gaussian"
+    text = shlex.join(to_overrides(chosen))
+    found = compose(shlex.split(text))
+    assert plain_values(found) == plain_values(chosen)
+
+
+def test_a_plug_in_from_outside_survives_the_trip():
+    chosen = settings(model=("fedraclora.models.mlp", {"hidden": [7]}))
+    assert plain_values(compose(to_overrides(chosen))) == plain_values(chosen)
+
+
+def test_composing_leaves_an_application_of_hydra_alone():
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose(["rounds=3"]).rounds == 3
+        assert GlobalHydra.instance().is_initialized()
+        assert hydra.compose("run").seed == 0
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_defaults_are_those_of_the_command_line():
+    assert compose([]).method.name == "rac_lora"
+    assert compose([]).runtime.name == "in_process"
+
+
+def test_overrides_that_cannot_be_used_are_refused_with_what_is_right():
+    with pytest.raises(ValueError, match="did you mean 'rounds'"):
+        compose(["round=3"])
+    with pytest.raises(ValueError, match="cannot be used"):
+        compose(["rounds=many"])
+
+
+def test_a_text_that_hydra_would_take_for_a_reference_is_refused():
+    chosen = settings()
+    chosen.name = "${seed}"
+    with pytest.raises(ValueError, match="reference"):
+        to_overrides(chosen)
