@@ -88,6 +88,15 @@ class Processes:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
+    def wait(self, name: str, *, timeout_s: float) -> int:
+        """Return a program's exit code once it has ended. Raises RuntimeError where it does not in time."""
+        try:
+            code = self._running[name].wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{name} still runs after {timeout_s:g} seconds:\n{self.tail(name)}") from error
+        del self._running[name]
+        return code
+
     def check(self) -> None:
         """Raise RuntimeError where a program has ended by itself."""
         for name, process in self._running.items():
