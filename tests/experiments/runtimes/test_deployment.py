@@ -44,7 +44,6 @@ def test_one_round_over_two_real_nodes_is_the_simulators(tmp_path):
     assert found["chain_digest"] == expected["chain_digest"]
     assert found["total_bytes"] == expected["total_bytes"]
     assert read_json(tmp_path / "real" / "flower" / "run.json")["status"] == "finished:completed"
-    assert len(Silent().rows) == 0
 
 
 @pytest.mark.parametrize(
