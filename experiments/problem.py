@@ -119,7 +119,8 @@ def _probe(problem: Problem, settings: Settings) -> None:
     trained = problem.method.trains(1)
     plan = RoundPlan(round=1, trained=trained.factors, dense=trained.dense, moments=trained.moments)
     trainer, start = problem.replica(settings, chain, ClientStore()).prepare(plan)
-    check_clients_stay_apart(trainer.model, start, problem.dataset.train.inputs)
+    dataset = problem.dataset
+    check_clients_stay_apart(trainer.model, start, (dataset.train if len(dataset.train) else dataset.test).inputs)
 
 
 def check_no_tied_weights(model: nn.Module) -> None:
@@ -133,11 +134,16 @@ def check_no_tied_weights(model: nn.Module) -> None:
         owners[tensor.data_ptr()] = name
 
 
+def _is_elsewhere(settings: Settings) -> bool:
+    """Return whether the clients bring their own data."""
+    return bool(getattr(find(GROUPS["partition"], settings.partition.name), "IS_ELSEWHERE", False))
+
+
 def load_dataset(settings: Settings) -> Dataset:
     """Return the data set; with `eval_split=validation` its test set is held out from the training examples."""
     plugin = _dataset_plugin(settings)
     dataset = build_dataset(plugin)
-    check_dataset(dataset)
+    check_dataset(dataset, has_train=not _is_elsewhere(settings))
     return hold_out(dataset, plugin, validation=_validation(settings))
 
 
@@ -217,5 +223,10 @@ def _check_choices(settings: Settings) -> None:
         value = getattr(settings, key)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value} must be positive and finite")
+    if _is_elsewhere(settings) and getattr(settings.runtime, "superlink", None) is None:
+        raise ValueError(
+            f"with partition={settings.partition.name} the clients' data are on their own machines; that needs "
+            "runtime=deployment and runtime.superlink=HOST:PORT"
+        )
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"device={settings.device!r} is not available here; use device=cpu")

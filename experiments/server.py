@@ -155,7 +155,7 @@ def _write_description(problem: Problem, settings: Settings, folder: Path) -> No
     _write_settings(settings, folder)
     problem.card.save(folder / "model.json")
     problem.split.save(folder / "split.npz")
-    if problem.dataset.task == "classification":
+    if problem.dataset.task == "classification" and any(len(rows) for rows in problem.split.indices):
         counts = pd.DataFrame(label_counts(problem.split, problem.dataset))
         counts.insert(0, "partition", range(len(counts)))
         counts.to_csv(folder / "label_counts.csv", index=False)

@@ -60,9 +60,13 @@ class Dataset:
         return tuple(self.train.inputs.shape[1:])
 
 
-def check_dataset(dataset: Dataset) -> None:
-    """Raise ValueError for a data set whose examples do not fit its own description."""
-    for part, examples in (("train", dataset.train), ("test", dataset.test)):
+def check_dataset(dataset: Dataset, *, has_train: bool = True) -> None:
+    """Raise ValueError for a data set whose examples do not fit its own description.
+
+    `has_train=False` says that the training examples are the clients' own, on their machines.
+    """
+    parts = (("train", dataset.train), ("test", dataset.test))
+    for part, examples in parts if has_train else parts[1:]:
         check_examples(examples, f"{dataset.name}: the {part} targets", dataset.task, dataset.num_outputs)
     if dataset.groups is not None and len(dataset.groups) != len(dataset.train):
         raise ValueError(f"{dataset.name}: {len(dataset.groups)} groups for {len(dataset.train)} training examples")

@@ -20,7 +20,8 @@ class Config:
     """Settings of one's own files.
 
     path: an `.npz` or `.csv` file, or a folder of images with one subfolder a class; or a folder with the entry `train`
-        (`train.npz`, `train.csv` or `train/`) and, where the model is evaluated on it, `test` of the same kinds.
+        (`train.npz`, `train.csv` or `train/`), the entry `test` of the same kinds, or both: a client needs the first,
+        a server whose clients have their own data the second.
     task: classification or regression.
     num_outputs: classes or targets, 0 where the files hold them all; a client may lack some.
     target: the column of a table that holds the target; empty is the last one.
@@ -43,7 +44,7 @@ class Config:
 
 
 def build(config: Config, *, seed: int) -> Dataset:
-    """Return the examples; the seed changes nothing. Without a `test` entry the test set is empty.
+    """Return the examples; the seed changes nothing. A part without an entry is empty.
 
     Inputs of `.npz` files keep their floating type, all others are float32. Raises FileNotFoundError and ValueError
     that name the file, what was found and what is right.
@@ -56,12 +57,19 @@ def build(config: Config, *, seed: int) -> Dataset:
     root = Path(config.path).expanduser()
     if not config.path or not root.exists():
         raise FileNotFoundError(f"dataset.path={config.path!r} does not exist; give {KINDS}")
-    train_path = _entry(root, "train") or root
-    test_path = _entry(root, "test") if train_path != root else None
-    train = _read(train_path, config)
-    test = train.select(np.zeros(0, dtype=np.int64)) if test_path is None else _read(test_path, config)
+    train, test = _read_parts(root, config)
     num_outputs = config.num_outputs or len(config.classes) or _num_outputs(train, test, config.task)
     return Dataset("files", train, test, config.task, num_outputs)
+
+
+def _read_parts(root: Path, config: Config) -> tuple[Examples, Examples]:
+    """Return the training and the test examples; a part that is not there has none."""
+    paths = {part: _entry(root, part) for part in ("train", "test")}
+    found = {part: _read(path, config) for part, path in paths.items() if path is not None}
+    if not found:
+        found = {"train": _read(root, config)}
+    nothing = next(iter(found.values())).select(np.zeros(0, dtype=np.int64))
+    return found.get("train", nothing), found.get("test", nothing)
 
 
 def _entry(root: Path, part: str) -> Path | None:

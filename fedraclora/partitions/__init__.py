@@ -10,10 +10,14 @@ from fedraclora.data import Dataset, IndexArray, Split
 def make_split(module: ModuleType, config: object, *, dataset: Dataset, num_clients: int, seed: int) -> Split:
     """Return the split of the plug-in `module`, checked: one sorted, non-empty index array for each of `num_clients`.
 
-    No training example is owned twice. Some may be owned by nobody, where the plug-in says so.
+    No training example is owned twice. Some may be owned by nobody, where the plug-in says so, and where it says
+    `IS_ELSEWHERE` the clients own other examples than these, so that the arrays are empty.
     Raises ValueError when there are more clients than examples, and when clients stay without examples.
     """
     num_examples = len(dataset.train)
+    if getattr(module, "IS_ELSEWHERE", False):
+        elsewhere: Split = module.build(config, dataset=dataset, num_clients=num_clients, seed=seed)
+        return elsewhere
     if not 1 <= num_clients <= num_examples:
         raise ValueError(
             f"num_clients={num_clients} has to lie between 1 and the {num_examples} training examples of {dataset.name}"

@@ -1,5 +1,6 @@
 """From settings to a problem, with every mistake found before training."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -181,3 +182,13 @@ def test_a_dataset_that_does_not_fit_its_description_is_refused(monkeypatch):
 
     with pytest.raises(ValueError, match=r"off: the train targets .*from 0 to 10; .*labels from 0 to 9"):
         prepare(settings(dataset=plug_in(monkeypatch, "off", Plain, build)))
+
+
+def test_clients_with_their_own_data_are_for_nodes_of_their_own(tmp_path):
+    np.savez(tmp_path / "test.npz", inputs=np.ones((4, 1, 8, 8), dtype=np.float32), targets=np.arange(4))
+    own = {"dataset": ("files", {"path": str(tmp_path)}), "partition": "own"}
+    with pytest.raises(ValueError, match=r"needs runtime=deployment and runtime\.superlink"):
+        prepare(settings(**own))
+    problem = prepare(settings(**own, runtime=("deployment", {"superlink": "127.0.0.1:1"})))
+    assert len(problem.dataset.train) == 0
+    assert problem.card.input_shape == (1, 8, 8)

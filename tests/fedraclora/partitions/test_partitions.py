@@ -13,7 +13,8 @@ from fedraclora.data import Dataset, Examples, Split
 from fedraclora.datasets import mnist_5k, quadratic
 from fedraclora.partitions import label_counts, make_split
 
-PARTITIONS = plugins.names("fedraclora.partitions")
+# `own` shares nothing out, and has a test of its own.
+PARTITIONS = [name for name in plugins.names("fedraclora.partitions") if name != "own"]
 BY_LABEL = [name for name in PARTITIONS if name not in ("iid", "natural")]
 NUM_CLIENTS = 10
 
@@ -243,3 +244,11 @@ def test_label_counts_count_each_class_of_each_client():
 def test_label_counts_refuse_regression():
     with pytest.raises(ValueError, match="no classes to count"):
         label_counts(Split((np.array([0]),)), quadratic.build(quadratic.Config(), seed=0))
+
+
+def test_clients_with_their_own_data_own_nothing_of_the_servers():
+    module = plugins.find("fedraclora.partitions", "own")
+    nothing = torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64)
+    empty = Dataset("elsewhere", Examples(*nothing), Examples(*nothing), "classification", 3)
+    split = make_split(module, module.Config(), dataset=empty, num_clients=4, seed=0)
+    assert [len(rows) for rows in split.indices] == [0] * 4
