@@ -55,7 +55,8 @@ def test_wheel_installs_fedraclora_and_no_other_name(wheel):
 def test_wheel_carries_every_source_and_setting_and_the_licence(wheel):
     bundled = {f"fedraclora/_app/{name}" for folder in BUNDLED_FOLDERS for name in _files(folder)}
     licence = f"fedraclora-{fedraclora.__version__}.dist-info/licenses/LICENSE"
-    assert _files("fedraclora") | bundled | {licence} <= set(zipfile.ZipFile(wheel).namelist())
+    app = "fedraclora/_app/pyproject.toml"
+    assert _files("fedraclora") | bundled | {licence, app} <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_wheel_in_a_clean_environment_runs_two_rounds_from_another_directory(wheel, tmp_path):

@@ -64,7 +64,7 @@ def write_connection(home: Path, address: Address) -> None:
 
 def toml_string(text: str) -> str:
     """Return a text as TOML writes it; a JSON string is one, but for the character DEL."""
-    return json.dumps(text, ensure_ascii=True).replace("\x7f", "\\u007f")
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def toml_value(value: str | int) -> str:
@@ -78,7 +78,7 @@ def submit(processes: Processes, settings: Settings, folder: Path, federation: M
     overrides = to_overrides(with_folder(settings, folder))
     values = {"hydra": shlex.join(overrides), "replica-path": str((folder / "replicas").resolve())}
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text("".join(f"{key} = {toml_string(value)}\n" for key, value in values.items()))
+    config.write_text("".join(f"{key} = {toml_string(value)}\n" for key, value in values.items()), encoding="utf-8")
     command = [program("flwr"), "run", str(app_folder(folder / "flower" / "app")), CONNECTION]
     command += ["--run-config", str(config), "--format", "json"]
     if federation:
