@@ -26,7 +26,7 @@ def test_the_guide_leads_to_a_run_over_authenticated_nodes(tmp_path):
             cwd=tmp_path,
             env={**os.environ, "PATH": search, MARK: token},
             check=True,
-            timeout=400,
+            timeout=240,
         )
     finally:
         end_marked(token)
