@@ -5,6 +5,7 @@ own examples), `dataset` (the plug-in that reads them) and `device`. Where a nod
 virtual clients in a simulation, the run's data set is loaded and split as the server says.
 """
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,11 @@ def _stated(message: Message) -> tuple[str, str]:
     """Return the id of the chain and the text of the setup (empty where there is none) that a message carries."""
     records = message.content.config_records
     setup = records.get("setup")
-    if setup is not None:
-        return str(setup["chain"]), str(setup["text"])
-    return str(records["plan"]["chain"]), ""
+    chain, text = (records["plan"]["chain"], "") if setup is None else (setup["chain"], setup["text"])
+    if not re.fullmatch("[0-9a-f]{32}", str(chain)):
+        # It becomes the name of a folder.
+        raise ValueError(f"a message names the run {chain!r}; 32 hexadecimal digits are right")
+    return str(chain), str(text)
 
 
 def remember_setup(folder: Path, text: str) -> str:

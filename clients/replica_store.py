@@ -51,8 +51,9 @@ class ReplicaStore:
 
     def keep(self, chain: Chain, received: Received) -> None:
         """Write what a delivery brought; `chain` is the replica after it. Raises OSError where the disk refuses."""
-        if received.is_snapshot or any(item.link.has_given for item in received.links):
-            # A link whose factors this machine draws otherwise cannot be read again from its seeds.
+        if received.is_snapshot or any(item.link.has_given for item in received.links) or self._has_gap(received):
+            # A link whose factors this machine draws otherwise cannot be read again from its seeds, and one whose
+            # predecessor could not be written not at all.
             self._fold(chain)
             return
         for item in received.links:
@@ -62,6 +63,10 @@ class ReplicaStore:
             write_tensors(self._link(item.link.index), tensors, described)
         if received.links and self._link_bytes() > _weight_bytes(chain):
             self._fold(chain)
+
+    def _has_gap(self, received: Received) -> bool:
+        first = received.links[0].link.index if received.links else 0
+        return first > 0 and not (self._link(first - 1).exists() or self._snapshot(first).exists())
 
     def clear(self) -> None:
         """Forget the replica; what else lies in the folder stays."""

@@ -82,12 +82,11 @@ def _run(arguments: list[str], console: Console) -> None:
         with Display(console, logs_rounds=True) as display:
             display.start_run(f"{settings.method.name} on {settings.dataset.name}")
             summary = run(settings, display)
-        log = logging.getLogger("fedraclora")
         if not summary:
-            log.info("the run ended well; its results are on the machine of the SuperLink, in %s", settings.out)
             return
         accuracy, loss = summary["final_test_accuracy"], summary["final_test_loss"]
         score = f"accuracy {accuracy:.4f}" if accuracy is not None else f"loss {loss:.6g}"
+        log = logging.getLogger("fedraclora")
         log.info(
             "%s after %d rounds: %s, %.3f MiB up, %.3f MiB down; chain %s",
             summary["status"], summary["num_rounds"], score, summary["uplink_bytes"] / MIB,

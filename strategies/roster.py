@@ -40,12 +40,12 @@ class Roster:
         Raises RuntimeError where no client answers in time, or two own one partition.
         """
         end = time.monotonic() + self.settings.connect_s
-        rows: list[LedgerRow] = []
-        while True:
-            rows += self._ask(grid, introduction, state, round=0, is_start=True)
-            if len(self.nodes) >= self.settings.num_clients or time.monotonic() > end:
-                break
+        rows = self._ask(grid, introduction, state, round=0, is_start=True)
+        if len(self.nodes) < self.settings.num_clients:
+            log.info("waiting for %d clients, %d are there", self.settings.num_clients, len(self.nodes))
+        while len(self.nodes) < self.settings.num_clients and time.monotonic() < end:
             time.sleep(POLL_S)
+            rows += self._ask(grid, introduction, state, round=0, is_start=True)
         self._check_anyone()
         if len(self.nodes) < self.settings.num_clients:
             log.warning(

@@ -5,6 +5,8 @@ computes is written by the ServerApp into the run's folder, and read from there.
 """
 
 import json
+import logging
+import os
 import shlex
 import time
 from collections.abc import Mapping
@@ -47,7 +49,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "RAY_USAGE_STATS_ENABLED": "0",
         # The user's own plug-ins lie in the current folder.
-        "PYTHONPATH": str(Path.cwd()),
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -158,6 +160,8 @@ def outcome(folder: Path, status: str, log: str) -> dict[str, Any]:
     path = folder / "summary.json"
     summary: dict[str, Any] = read_json(path) if path.exists() else {}
     if status == COMPLETED and summary.get("status") in (FINISHED, AT_BUDGET, None):
+        if not summary:
+            logging.getLogger("fedraclora").info("the results are on the SuperLink's machine, in %s", folder.resolve())
         return summary
     if "error" in summary:
         raise error_of(summary["status"], summary["error"])

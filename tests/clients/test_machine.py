@@ -66,6 +66,14 @@ def test_a_machine_that_was_never_told_of_the_run_says_so(problem, tmp_path):
     assert Machines().open(node, plan()).chain.num_links == 0
 
 
+@pytest.mark.parametrize("chain", ["../elsewhere", "", "C" * 32, "c" * 31])
+def test_a_run_whose_name_is_no_folder_of_ours_is_refused(problem, tmp_path, chain):
+    node = context(partition_id=1, replica_path=str(tmp_path / "replicas"))
+    with pytest.raises(ValueError, match="32 hexadecimal digits"):
+        Machines().open(node, introduction(problem.setup.to_json(), chain))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_base_that_comes_out_otherwise_counts_as_none(problem, tmp_path):
     other = replace(problem.setup, base="0" * 64)
     replica = Machines().open(context(partition_id=0, replica_path=str(tmp_path)), introduction(other.to_json()))

@@ -136,6 +136,14 @@ def test_a_full_disk_leaves_the_replica_as_it_was(folder, monkeypatch):
     assert replica_from(folder).num_links == 2
 
 
+def test_a_process_that_lives_on_makes_good_what_a_full_disk_refused(folder):
+    server, chain, store = advance(start(), 2), start(), ReplicaStore(folder)
+    store.keep(chain, receive(chain, deliver(server, Needs(0))))
+    receive(chain, deliver(advance(server, 1), Needs(2)))  # and could not be written
+    store.keep(chain, receive(chain, deliver(advance(server, 1), Needs(3))))
+    assert replica_from(folder).num_links == 4
+
+
 def test_factors_that_were_sent_are_kept_as_what_they_made(folder, monkeypatch):
     server = advance(start(), 2)
     delivery = deliver(server, Needs(0, factors=True))
