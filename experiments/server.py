@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
 from omegaconf import OmegaConf
 
@@ -49,7 +50,7 @@ def serve(
     Raises ValueError before anything is written where the folder holds another run, and Diverged where training does
     not stay finite. Whatever ends a run, its summary is written.
     """
-    with _threads(settings):
+    with _threads(settings), _alone(folder):
         recorder = Recorder(folder, keep_versions=settings.keep_versions, snapshot_every=settings.snapshot_every)
         if settings.resume and recorder.can_resume:
             check_same_run(folder, settings)
@@ -160,6 +161,17 @@ def _write_description(problem: Problem, settings: Settings, folder: Path) -> No
         counts.insert(0, "partition", range(len(counts)))
         counts.to_csv(folder / "label_counts.csv", index=False)
         save_png(label_distribution_figure(counts), folder / "label_counts.png")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other servers out of a run's folder: one whose SuperLink was killed may still be alive."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another process is writing {folder}; wait until it has ended, or end it") from error
 
 
 @contextmanager

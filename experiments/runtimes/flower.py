@@ -141,9 +141,15 @@ def rows_after(folder: Path, round: int) -> list[dict[str, Any]]:
 
 
 def describe(processes: Processes, run: int) -> dict[str, Any]:
-    """Return what Flower says of a run: its status and the bytes that it counted."""
+    """Return what Flower says of a run: its status and the bytes that it counted.
+
+    Raises RuntimeError where the SuperLink does not say.
+    """
     printed = processes.run([program("flwr"), "ls", CONNECTION, "--run-id", str(run), "--format", "json"])
-    described: dict[str, Any] = json.loads(printed[printed.index("{") :])["runs"][0]
+    try:
+        described: dict[str, Any] = json.loads(printed[printed.index("{") :])["runs"][0]
+    except (ValueError, LookupError) as error:
+        raise RuntimeError(f"the SuperLink says nothing of run {run}: {printed.strip()}") from error
     return described
 
 

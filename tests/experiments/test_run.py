@@ -1,11 +1,13 @@
 """A run from Python: what it returns, writes and keeps."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -205,3 +207,11 @@ def test_the_settings_on_disk_are_those_of_the_last_resume(tmp_path):
     with pytest.raises(ValueError, match="rank was"):
         run(settings(rounds=3, rank=1, out=str(tmp_path / "run"), resume=True), Silent())
     assert written() == 2
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(tmp_path):
+    chosen = settings(out=str(tmp_path / "run"), rounds=1)
+    run(chosen, Silent())
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(ValueError, match="another process is writing"):
+        run(replace(chosen, resume=True, rounds=2), Silent())
+    assert run(replace(chosen, resume=True, rounds=2), Silent())["num_rounds"] == 2
