@@ -143,17 +143,15 @@ def test_a_node_that_is_killed_is_missing_until_it_comes_back(nodes, disks, tmp_
 @pytest.mark.slow
 def test_a_superlink_that_is_killed_comes_back_with_its_nodes(disks, tmp_path):
     """It has forgotten its nodes, who end when it says so; the chain and the replicas are on disk."""
-    chosen = alike(num_clients=2, rounds=3)
+    chosen = alike(rounds=3)
     with local_superlink(tmp_path / "superlink") as nodes:
-        for partition in (0, 1):
-            nodes.start(partition, 2, disks[partition])
+        for partition, disk in disks.items():
+            nodes.start(partition, 3, disk)
         with pytest.raises(RuntimeError, match="SuperLink"):
             submit(nodes.processes, chosen, tmp_path / "run", When(1, lambda: nodes.processes.kill("superlink")))
-        for partition in (0, 1):
-            nodes.kill(partition)
     with local_superlink(tmp_path / "again") as nodes:
-        for partition in (0, 1):
-            nodes.start(partition, 2, disks[partition])
+        for partition, disk in disks.items():
+            nodes.start(partition, 3, disk)
         found = submit(nodes.processes, replace(chosen, resume=True), tmp_path / "run", Silent())
     assert found["num_rounds"] == 3
     assert found["chain_digest"] == run(replace(chosen, out=str(tmp_path / "simulated")), Silent())["chain_digest"]
