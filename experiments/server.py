@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,9 +97,11 @@ def interrupted(settings: Settings, problem: Problem, folder: Path) -> Iterator[
     except KeyboardInterrupt:
         recorder = Recorder(folder, keep_versions=settings.keep_versions, snapshot_every=settings.snapshot_every)
         if recorder.can_resume:
-            recorder.resume()
-            digests = {"chain_digest": recorder.digest, "split_digest": problem.split.digest}
-            write_summary(recorder, settings, {"status": INTERRUPTED, **digests})
+            # A server that still writes will write its own summary.
+            with suppress(ValueError), _alone(folder):
+                recorder.resume()
+                digests = {"chain_digest": recorder.digest, "split_digest": problem.split.digest}
+                write_summary(recorder, settings, {"status": INTERRUPTED, **digests})
         raise
 
 
