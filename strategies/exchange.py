@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-POLL_S = 0.5
+# Replies are looked for often at first, as a simulation needs it, and ever less often while none comes.
+FIRST_POLL_S, LAST_POLL_S = 0.02, 1.0
 
 
 FollowUp = Callable[[Message, Message], Message | None]
@@ -30,9 +31,11 @@ def exchange(
     end = time.monotonic() + timeout_s
     waiting = _push(grid, messages)
     replies: list[Message] = []
+    pause_s = FIRST_POLL_S
     while waiting:
         again: list[Message] = []
-        for asked, reply in _pull(grid, waiting):
+        came = _pull(grid, waiting)
+        for asked, reply in came:
             message = None if follow_up is None else follow_up(asked, reply)
             if message is None:
                 replies.append(reply)
@@ -42,7 +45,8 @@ def exchange(
         if not waiting or time.monotonic() > end:
             break
         if not again:
-            time.sleep(min(POLL_S, max(0.0, end - time.monotonic())))
+            pause_s = FIRST_POLL_S if came else min(2 * pause_s, LAST_POLL_S)
+            time.sleep(min(pause_s, max(0.0, end - time.monotonic())))
     order = {message.metadata.dst_node_id: place for place, message in enumerate(messages)}
     return sorted(replies, key=lambda reply: order.get(reply.metadata.src_node_id, len(order)))
 

@@ -12,12 +12,14 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedraclora.ledger import DOWN, UP, LedgerRow
-from strategies.exchange import POLL_S, exchange
+from strategies.exchange import exchange
 from strategies.replies import BadReply, Introduction, read_introduction
 from strategies.rounds import NOBODY, QUERY_PARTITION, RoundSettings, ledger_rows
 from strategies.state import ServerState
 
 log = logging.getLogger("fedraclora")
+
+POLL_S = 0.5
 
 
 class Roster:
