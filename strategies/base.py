@@ -7,39 +7,28 @@ strategy works with any Grid.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedraclora.chain import Chain
-from fedraclora.delivery import Needs, deliver, sketch_digest
+from fedraclora.delivery import Needs
 from fedraclora.ledger import DOWN, UP, LedgerRow, bytes_by_partition
-from fedraclora.link import LowRank, shape_of
 from fedraclora.plan import NO_STATE, RoundPlan
 from fedraclora.seeding import derive_seed, stream
+from strategies.asking import Asked, content_of, expect
 from strategies.exchange import exchange
 from strategies.method import ClientUpdate, Method, Updates
-from strategies.replies import BadReply, Expected, Reply, expected_shapes, read_held, read_needs, read_reply
+from strategies.replies import BadReply, Reply, read_held, read_needs, read_reply
 from strategies.roster import Roster
 from strategies.rounds import NOBODY, QUERY_LINKS, RoundReport, RoundSettings, ledger_rows, sample_cohort
 from strategies.state import BudgetTooSmall, ServerState, exceeded
 from strategies.wire import content_bytes
 
 log = logging.getLogger("fedraclora")
-
-
-@dataclass
-class _Asked:
-    """A round in progress: what is asked of whom, and the ledger so far."""
-
-    plan: RoundPlan
-    expected: Expected
-    sent: set[int] = field(default_factory=set)
-    retried: set[int] = field(default_factory=set)
-    rows: list[LedgerRow] = field(default_factory=list)
 
 
 class ChainStrategy(Strategy):
@@ -66,7 +55,7 @@ class ChainStrategy(Strategy):
         self.stop_reason: str | None = None
         self.report = RoundReport(round=self.state.round, link=chain.num_links)
         self._roster = Roster(settings)
-        self._asked: _Asked | None = None
+        self._asked: Asked | None = None
 
     # ---- the loop
 
@@ -102,7 +91,7 @@ class ChainStrategy(Strategy):
         return self._roster.connect(grid, self._introduction(), self.state)
 
     @property
-    def _now(self) -> "_Asked":
+    def _now(self) -> Asked:
         """Return the round in progress. Raises RuntimeError where none has been configured."""
         if self._asked is None:
             raise RuntimeError("no round is open; configure_train comes first")
@@ -130,7 +119,7 @@ class ChainStrategy(Strategy):
             self.chain.open_link(self.method.open_link(self.chain.num_links))
         cohort = sample_cohort(self.settings.seed, server_round, self.settings)
         plan = self._plan(server_round)
-        self._asked = _Asked(plan, self._expect(plan))
+        self._asked = Asked(plan, expect(self.chain, plan, max_norm=self.settings.max_norm))
         messages = self._train_messages(cohort) + self._broadcast(cohort)
         down = bytes_by_partition(self._now.rows)
         up = dict.fromkeys(self._now.sent, self._now.expected.num_bytes)
@@ -193,28 +182,10 @@ class ChainStrategy(Strategy):
             batch_seed=derive_seed(stream(self.settings.seed, "batches"), "round", round),
         )
 
-    def _expect(self, plan: RoundPlan) -> Expected:
-        assert self.chain.open is not None
-        terms = self.chain.open.low_rank_terms()
-        factors = {key: _factor_shape(terms, key) for key in plan.factors}
-        dense = {name: tuple(self.chain.merged[name].shape) for name in plan.dense}
-        trained = [terms[layer].target for layer in plan.trained] + list(plan.dense)
-        return Expected(
-            version=self.chain.digest,
-            sketches=sketch_digest(self.chain.open),
-            shapes=expected_shapes(factors, dense),
-            dtype=self.chain.merged[trained[0]].dtype,
-            max_norm=self.settings.max_norm,
-        )
-
     def _content(self, needs: Needs, start_state: int | None) -> RecordDict:
         """Return the links that a client lacks, with the plan for one that trains (from the state that is named)."""
-        trains = start_state is not None
-        delivery = deliver(self.chain, needs, policy=self.settings.catch_up, with_open=trains)
-        plan = {**self._now.plan.to_record(), "start_state": start_state} if start_state is not None else {}
-        record = ConfigRecord({**plan, "chain": self.state.chain_id, "links": delivery.header})
-        arrays = {kind: ArrayRecord({"flat": Array(flat)}) for kind, flat in delivery.arrays.items()}
-        return RecordDict({"plan": record, **arrays})
+        plan = None if start_state is None else {**self._now.plan.to_record(), "start_state": start_state}
+        return content_of(self.chain, needs, plan, chain_id=self.state.chain_id, policy=self.settings.catch_up)
 
     def _follow_up(self, asked: Message, reply: Message) -> Message | None:
         """Return the second message of a round to a client that needs something before it can train."""
@@ -354,8 +325,3 @@ class ChainStrategy(Strategy):
             if evaluate_fn is not None and (metrics := evaluate_fn(report.round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[report.round] = metrics
         return result
-
-
-def _factor_shape(terms: Mapping[str, LowRank], key: str) -> tuple[int, ...]:
-    layer, _, name = key.rpartition(".")
-    return shape_of(getattr(terms[layer], name))
