@@ -95,7 +95,7 @@ def _clean_up() -> str:
 
 def _simulation() -> str:
     if importlib.util.find_spec("ray") is None:
-        raise RuntimeError('Ray is not installed; pip install "fedraclora[simulation]" brings it')
+        raise RuntimeError("Ray is not installed; install fedraclora with its extra [simulation]")
     return f"Ray {version('ray')} is installed"
 
 

@@ -59,7 +59,7 @@ def test_wheel_carries_every_source_and_setting_and_the_licence(wheel):
     assert _files("fedraclora") | bundled | {licence, app} <= set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_wheel_in_a_clean_environment_runs_two_rounds_from_another_directory(wheel, tmp_path):
+def test_wheel_in_a_clean_environment_runs_here_and_over_real_nodes_from_another_directory(wheel, tmp_path):
     clean = tmp_path / "clean"
     _run(sys.executable, "-m", "venv", "--without-pip", clean, cwd=tmp_path)
     # Bytecode is made for the modules that run imports, not for all of torch.
@@ -72,4 +72,12 @@ def test_wheel_in_a_clean_environment_runs_two_rounds_from_another_directory(whe
     elsewhere.mkdir()
     assert "run" in _run(command, "--help", cwd=elsewhere)
     _run(command, "run", "dataset=digits", "rounds=2", "num_clients=4", "out=result", cwd=elsewhere)
-    assert json.loads((elsewhere / "result" / "summary.json").read_text(encoding="utf-8"))["method"] == "rac_lora"
+    assert _summary(elsewhere / "result")["method"] == "rac_lora"
+    # Flower's programs get an app that is put together from the installed files.
+    _run(command, "run", "runtime=deployment", "dataset=digits", "rounds=1", "num_clients=2", "out=real", cwd=elsewhere)
+    assert _summary(elsewhere / "real")["num_rounds"] == 1
+
+
+def _summary(folder: Path) -> dict[str, object]:
+    summary: dict[str, object] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
