@@ -12,6 +12,8 @@ from flwr.serverapp import Grid
 
 # Replies are looked for often at first, as a simulation needs it, and ever less often while none comes.
 FIRST_POLL_S, LAST_POLL_S = 0.02, 1.0
+# How often it is asked which nodes are still there.
+PRESENCE_S = 5.0
 
 
 FollowUp = Callable[[Message, Message], Message | None]
@@ -27,7 +29,9 @@ def exchange(
 
     `follow_up` sees each message with its reply as it comes; a message that it returns is sent at once, and its reply
     stands in for the one before. What comes later is never seen, and neither is Flower's word that nothing will come.
+    Nodes that have gone are not waited for.
     """
+    presence = _Presence(grid)
     end = time.monotonic() + timeout_s
     waiting = _push(grid, messages)
     replies: list[Message] = []
@@ -42,6 +46,7 @@ def exchange(
             else:
                 again.append(message)
         waiting |= _push(grid, again)
+        waiting = presence.still_there(waiting)
         if not waiting or time.monotonic() > end:
             break
         if not again:
@@ -49,6 +54,22 @@ def exchange(
             time.sleep(min(pause_s, max(0.0, end - time.monotonic())))
     order = {message.metadata.dst_node_id: place for place, message in enumerate(messages)}
     return sorted(replies, key=lambda reply: order.get(reply.metadata.src_node_id, len(order)))
+
+
+class _Presence:
+    """Which nodes are there; one counts as gone when it is missing twice in a row, so that its last reply is pulled."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid, self._asked, self._missing = grid, time.monotonic(), set[int]()
+
+    def still_there(self, waiting: dict[str, Message]) -> dict[str, Message]:
+        """Return the messages whose nodes are not gone."""
+        if not waiting or time.monotonic() - self._asked < PRESENCE_S:
+            return waiting
+        self._asked, before = time.monotonic(), self._missing
+        self._missing = {message.metadata.dst_node_id for message in waiting.values()} - set(self._grid.get_node_ids())
+        gone = before & self._missing
+        return {name: message for name, message in waiting.items() if message.metadata.dst_node_id not in gone}
 
 
 def _push(grid: Grid, messages: Sequence[Message]) -> dict[str, Message]:

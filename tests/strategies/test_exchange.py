@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from flwr.app import Error, Message, RecordDict
 
+from strategies import exchange as exchanges
 from strategies.exchange import exchange
 from tests.helpers import federate
 
@@ -71,6 +72,22 @@ def test_the_deadline_ends_the_wait_and_keeps_what_came():
     began = time.monotonic()
     assert nodes(exchange(grid, [ask(5), ask(6)], timeout_s=0.3)) == [5]
     assert time.monotonic() - began < 5
+
+
+def test_a_node_that_has_gone_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(exchanges, "PRESENCE_S", 0.0)
+    grid = Postbox({5: 3, 6: None})
+    grid.get_node_ids = lambda: [5]
+    began = time.monotonic()
+    assert nodes(exchange(grid, [ask(5), ask(6)], timeout_s=60)) == [5]
+    assert time.monotonic() - began < 30
+
+
+def test_a_node_that_is_away_for_a_moment_is_waited_for(monkeypatch):
+    monkeypatch.setattr(exchanges, "PRESENCE_S", 0.0)
+    grid, here = Postbox({5: 4}), iter([[5], [], [5], [], [5], [5], [5]])
+    grid.get_node_ids = lambda: next(here)
+    assert nodes(exchange(grid, [ask(5)], timeout_s=60)) == [5]
 
 
 def test_a_message_that_is_not_accepted_is_not_waited_for():

@@ -110,7 +110,7 @@ def kill_server_app(token):
 @pytest.mark.slow
 def test_a_node_that_is_killed_is_missing_until_it_comes_back(nodes, disks, tmp_path):
     """Its messages of the rounds without it are lost, and those alone: the simulator without them ends alike."""
-    chosen = alike(rounds=6, timeout_s=25.0)
+    chosen = alike(rounds=6, timeout_s=200.0)
 
     def come_back():
         nodes.start(2, 3, disks[2])
