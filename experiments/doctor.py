@@ -16,10 +16,11 @@ from rich.table import Table
 
 from experiments.groups import compose
 from experiments.run import run
-from experiments.runtimes.processes import free_port, marked, program
+from experiments.runtimes.processes import free_port, program
 
 PACKAGES = ("fedraclora", "flwr", "ray", "torch", "numpy", "hydra-core", "pandas", "flwr-datasets")
 PROGRAMS = ("flwr", "flower-superlink", "flower-supernode", "flower-superexec")
+SIMULATION = "runtime=simulation"
 TINY = ("dataset=digits", "num_clients=2", "fraction=1", "rounds=1", "local_steps=2", "threads=1", "rank=2")
 Check = Callable[[], str]
 
@@ -48,9 +49,6 @@ def examine(console: Console) -> bool:
         table.add_row(name, "[green]works" if works[name] else "[red]does not", said)
     console.print(table)
     return all(is_fine for name, is_fine in works.items() if name != SIMULATION)
-
-
-SIMULATION = "runtime=simulation"
 
 
 def _checks() -> dict[str, Check]:
@@ -89,7 +87,6 @@ def _programs() -> str:
 def _clean_up() -> str:
     if not Path("/proc/self/environ").exists():
         return "no /proc here: programs that Flower's programs start are ended by those alone"
-    marked("none")
     return "whatever a run starts is ended with it, even where it is killed"
 
 

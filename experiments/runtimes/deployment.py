@@ -87,12 +87,11 @@ def submit(
     """Run on a SuperLink that is there, and return the summary; `stops`: an interruption stops the run there, too."""
     run = flower.submit(processes, settings, folder, {})
     try:
-        status = flower.follow(processes, run, settings, folder, watcher)
+        return flower.follow(processes, run, settings, folder, watcher)
     except KeyboardInterrupt:
         if stops:
             flower.stop(processes, run)
         raise
-    return flower.outcome(folder, status, processes.tail("superlink"))
 
 
 @dataclass(frozen=True)

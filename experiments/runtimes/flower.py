@@ -25,7 +25,7 @@ from experiments.server import Watcher
 from experiments.settings import Settings
 from fedraclora.files import read_json, write_json
 
-CONNECTION = "fedraclora"
+CONNECTION, SUPERLINK = "fedraclora", "superlink"
 POLL_S, ASK_S = 0.5, 10.0
 ENDED = "finished:"
 COMPLETED = "finished:completed"
@@ -48,6 +48,8 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray knows no passwords: this is what keeps it to the loopback interface on other systems, and here, too.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # The user's own plug-ins lie in the current folder.
         "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONUNBUFFERED": "1",
@@ -97,27 +99,31 @@ def with_folder(settings: Settings, folder: Path) -> Settings:
     return replace(settings, out=str(folder.resolve()))
 
 
-def follow(processes: Processes, run: int, settings: Settings, folder: Path, watcher: Watcher) -> str:
-    """Show the rounds as they are written until the run has ended, and return Flower's word for how.
+def follow(processes: Processes, run: int, settings: Settings, folder: Path, watcher: Watcher) -> dict[str, Any]:
+    """Show the rounds as they are written until the run has ended, and return its summary.
 
     Flower's own counts of the run go to `flower/run.json`. Asking Flower starts a program of some seconds, so it is
-    asked when the summary appears, and else now and then. Raises RuntimeError where one of our programs has ended.
+    asked when the summary appears, and else now and then. Raises what ended the run in its own process, and
+    RuntimeError where that is not known or our SuperLink has ended; a node that ends is the server's business.
     """
-    shown, before, asked = last_round(folder), _stamp(folder), 0.0
-    while True:
-        processes.check()
+    shown, before, asked = last_round(folder), summary_stamp(folder), 0.0
+    status = ""
+    while not status.startswith(ENDED):
+        processes.check(SUPERLINK)
+        if time.monotonic() - asked > ASK_S or summary_stamp(folder) != before:
+            described, asked = describe(processes, run), time.monotonic()
+            status = str(described["status"])
+            write_json(folder / "flower" / "run.json", described)
+        # After the question, so that no row is missed that came before its answer.
         for row in rows_after(folder, shown):
             watcher.on_round(row, settings.rounds)
             shown = row["round"]
-        if time.monotonic() - asked > ASK_S or _stamp(folder) != before:
-            described, asked = describe(processes, run), time.monotonic()
-            if str(described["status"]).startswith(ENDED):
-                write_json(folder / "flower" / "run.json", described)
-                return str(described["status"])
         time.sleep(POLL_S)
+    return outcome(folder, status, processes.tail(SUPERLINK), before=before)
 
 
-def _stamp(folder: Path) -> int:
+def summary_stamp(folder: Path) -> int:
+    """Return when a folder's summary was written, in nanoseconds; 0 where there is none."""
     path = folder / "summary.json"
     return path.stat().st_mtime_ns if path.exists() else 0
 
@@ -158,13 +164,14 @@ def stop(processes: Processes, run: int) -> None:
     processes.run([program("flwr"), "stop", str(run), CONNECTION, "--format", "json"])
 
 
-def outcome(folder: Path, status: str, log: str) -> dict[str, Any]:
+def outcome(folder: Path, status: str, log: str, *, before: int) -> dict[str, Any]:
     """Return the summary of a run that ended well; raise what ended it otherwise.
 
-    A SuperLink on another machine keeps the results there: then there is nothing to return.
+    `before` is the stamp of the summary that was there when the run was submitted, which says nothing of this run. A
+    SuperLink on another machine keeps the results there: then there is nothing to return.
     """
-    path = folder / "summary.json"
-    summary: dict[str, Any] = read_json(path) if path.exists() else {}
+    is_new = summary_stamp(folder) != before
+    summary: dict[str, Any] = read_json(folder / "summary.json") if is_new else {}
     if status == COMPLETED and summary.get("status") in (FINISHED, AT_BUDGET, None):
         if not summary:
             logging.getLogger("fedraclora").info("the results are on the SuperLink's machine, in %s", folder.resolve())

@@ -82,8 +82,8 @@ class Processes:
         return done.stdout
 
     def kill(self, name: str) -> None:
-        """Kill a program at once, and all that it started."""
-        process = self._running.pop(name)
+        """Kill a program at once, and what it started in its own session."""
+        process = self._running[name]
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -97,11 +97,11 @@ class Processes:
         del self._running[name]
         return code
 
-    def check(self) -> None:
-        """Raise RuntimeError where a program has ended by itself."""
-        for name, process in self._running.items():
-            if process.poll() is not None:
-                raise RuntimeError(f"{name} ended with exit code {process.returncode}:\n{self.tail(name)}")
+    def check(self, name: str) -> None:
+        """Raise RuntimeError where a program that was started has ended."""
+        process = self._running.get(name)
+        if process is not None and process.poll() is not None:
+            raise RuntimeError(f"{name} ended with exit code {process.returncode}:\n{self.tail(name)}")
 
     def tail(self, name: str, num_lines: int = 30) -> str:
         """Return the last lines that a program wrote."""

@@ -44,8 +44,7 @@ class Simulation:
             "client-resources-num-gpus": self.config.num_gpus,
         }
         run = flower.submit(processes, settings, folder, federation)
-        status = flower.follow(processes, run, settings, folder, watcher)
-        return flower.outcome(folder, status, processes.tail("superlink"))
+        return flower.follow(processes, run, settings, folder, watcher)
 
 
 def simulation_superlink(folder: Path) -> AbstractContextManager[Processes]:

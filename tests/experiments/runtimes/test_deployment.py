@@ -147,7 +147,7 @@ def test_a_superlink_that_is_killed_comes_back_with_its_nodes(disks, tmp_path):
     with local_superlink(tmp_path / "superlink") as nodes:
         for partition, disk in disks.items():
             nodes.start(partition, 3, disk)
-        with pytest.raises(RuntimeError, match="SuperLink"):
+        with pytest.raises(RuntimeError, match="superlink ended"):
             submit(nodes.processes, chosen, tmp_path / "run", When(1, lambda: nodes.processes.kill("superlink")))
     with local_superlink(tmp_path / "again") as nodes:
         for partition, disk in disks.items():

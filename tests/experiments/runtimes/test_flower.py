@@ -12,17 +12,19 @@ from experiments.runtimes.app_folder import FOLDERS, app_folder
 from experiments.runtimes.flower import (
     COMPLETED,
     Address,
+    follow,
     last_round,
     outcome,
     rows_after,
+    summary_stamp,
     toml_string,
     toml_value,
     with_folder,
     write_connection,
 )
-from fedraclora.files import write_json
+from fedraclora.files import read_json, write_json
 from strategies.state import BudgetTooSmall
-from tests.helpers import settings
+from tests.helpers import Silent, settings
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=30))
@@ -63,18 +65,50 @@ def test_rows_are_shown_once_they_are_whole_and_once_only(tmp_path):
 def test_what_ended_a_run_elsewhere_is_raised_here(tmp_path, error):
     write_json(tmp_path / "summary.json", {"status": status_of(error), "error": str(error)})
     with pytest.raises(type(error), match=str(error)):
-        outcome(tmp_path, "finished:failed", "log")
+        outcome(tmp_path, "finished:failed", "log", before=0)
 
 
 def test_a_run_that_ended_well_gives_its_summary(tmp_path):
     write_json(tmp_path / "summary.json", {"status": "stopped at the budget"})
-    assert outcome(tmp_path, COMPLETED, "log") == {"status": "stopped at the budget"}
+    assert outcome(tmp_path, COMPLETED, "log", before=0) == {"status": "stopped at the budget"}
 
 
 def test_a_run_that_ended_without_a_word_gives_the_end_of_its_log(tmp_path):
     with pytest.raises(RuntimeError, match=r"finished:failed; the end of its log:\nlast words"):
-        outcome(tmp_path, "finished:failed", "last words")
-    assert outcome(tmp_path, COMPLETED, "") == {}, "the results are on another machine"
+        outcome(tmp_path, "finished:failed", "last words", before=0)
+    assert outcome(tmp_path, COMPLETED, "", before=0) == {}, "the results are on another machine"
+
+
+def test_the_summary_of_an_earlier_attempt_says_nothing_of_this_one(tmp_path):
+    write_json(tmp_path / "summary.json", {"status": "diverged", "error": "too fast"})
+    with pytest.raises(RuntimeError, match="last words"):
+        outcome(tmp_path, "finished:failed", "last words", before=summary_stamp(tmp_path))
+
+
+class Answers:
+    """Stands in for the programs: the run has ended, and its last row is written while that is being asked."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def check(self, name):
+        assert name == "superlink"
+
+    def run(self, command):
+        table(self._folder, "round\n0\n1\n")
+        write_json(self._folder / "summary.json", {"status": "finished"})
+        return '{"runs": [{"status": "finished:completed"}]}'
+
+    def tail(self, name):
+        return ""
+
+
+def test_the_last_row_is_shown_even_if_it_comes_with_the_end(tmp_path):
+    table(tmp_path, "round\n0\n")
+    watcher = Silent()
+    assert follow(Answers(tmp_path), 7, settings(), tmp_path, watcher) == {"status": "finished"}
+    assert [row["round"] for row in watcher.rows] == [1]
+    assert read_json(tmp_path / "flower" / "run.json")["status"] == "finished:completed"
 
 
 def test_the_server_is_told_the_whole_path(tmp_path, monkeypatch):

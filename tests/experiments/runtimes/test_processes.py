@@ -55,7 +55,11 @@ def test_one_program_can_be_killed_with_its_group(tmp_path):
         processes.start("one", [sys.executable, "-c", "import time; time.sleep(600)"])
         processes.start("two", [sys.executable, "-c", "import time; time.sleep(600)"])
         processes.kill("one")
-        processes.check()
+        processes.check("two")
+        with pytest.raises(RuntimeError, match="one ended with exit code -9"):
+            processes.check("one")
+        processes.start("one", [sys.executable, "-c", "import time; time.sleep(600)"])
+        processes.check("one")
 
 
 def test_a_program_that_ended_by_itself_is_noticed_with_its_last_words(tmp_path):
@@ -63,9 +67,9 @@ def test_a_program_that_ended_by_itself_is_noticed_with_its_last_words(tmp_path)
         processes.start("short", [sys.executable, "-c", "print('good bye'); raise SystemExit(3)"])
         wait_until(lambda: "good bye" in processes.tail("short"))
         with pytest.raises(RuntimeError, match=r"short ended with exit code 3:\ngood bye"):
-            wait_until(lambda: processes.check() is not None, limit_s=5)
+            wait_until(lambda: processes.check("short") is not None, limit_s=5)
         assert processes.wait("short", timeout_s=5) == 3
-        processes.check()
+        processes.check("short")
 
 
 def test_a_program_that_is_waited_for_too_long_is_an_error(tmp_path):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,14 +34,41 @@ def left_running():
     return found
 
 
+class Listeners(Silent):
+    """A watcher that notes on which addresses our processes listen when the last round's row appears."""
+
+    addresses = frozenset()
+
+    def on_round(self, row, num_rounds):
+        super().on_round(row, num_rounds)
+        if row["round"] == num_rounds:
+            self.addresses = listening()
+
+
+def listening():
+    """Return the local addresses, as /proc writes them, of the sockets on which our processes listen."""
+    sockets = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if MARK.encode() in (path / "environ").read_bytes():
+                sockets |= {str(entry.readlink()) for entry in (path / "fd").iterdir()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
 def test_a_small_run_ends_with_the_simulators_digest_and_leaves_nothing_behind(tmp_path):
-    watcher = Silent()
+    watcher = Listeners()
     found = run(replace(alike(runtime="simulation"), out=str(tmp_path / "ray")), watcher)
     expected = run(alike(out=str(tmp_path / "here")), Silent())
     assert found["chain_digest"] == expected["chain_digest"]
     assert found["total_bytes"] == expected["total_bytes"]
     assert [row["round"] for row in watcher.rows] == [0, 1, 2]
     assert read_json(tmp_path / "ray" / "flower" / "run.json")["status"] == "finished:completed"
+    assert watcher.addresses
+    assert watcher.addresses <= LOOPBACK
     assert left_running() == []
 
 
