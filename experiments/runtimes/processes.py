@@ -42,17 +42,16 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End everything."""
+        """End everything: first what was started here, in order, then by the watchdog whatever is left of it."""
         for process in self._running.values():
             process.terminate()
         _wait(lambda: all(process.poll() is not None for process in self._running.values()), GRACE_S)
-        end_marked(self.token)
-        for process in self._running.values():
-            process.kill()
-            process.wait()
         if self._watchdog is not None and self._watchdog.stdin is not None:
             self._watchdog.stdin.close()
             self._watchdog.wait()
+        for process in self._running.values():
+            process.kill()
+            process.wait()
 
     def start(self, name: str, command: Sequence[str]) -> None:
         """Start a program under a name; its output goes to `<name>.log`."""

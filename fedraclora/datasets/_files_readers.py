@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +25,17 @@ class Options(Protocol):
 def read_npz(path: Path, options: Options) -> Arrays:
     """Return the arrays `inputs` and `targets` of a NumPy file, as they are."""
     del options
+    wanted = ("inputs", "targets")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = sorted({"inputs", "targets"} - set(arrays.files))
-            if missing:
-                raise ValueError(f"{path} lacks the arrays {missing}; it holds {sorted(arrays.files)}")
-            inputs, targets = arrays["inputs"], arrays["targets"]
-    except (OSError, EOFError) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            names = sorted(arrays.files)
+            found = {name: arrays[name] for name in wanted if name in names}
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as a NumPy file: {error}") from error
+    missing = sorted(set(wanted) - found.keys())
+    if missing:
+        raise ValueError(f"{path} lacks the arrays {missing}; it holds {names}")
+    inputs, targets = (found[name] for name in wanted)
     if inputs.dtype.kind not in "fiub" or targets.dtype.kind not in "fiub":
         raise ValueError(f"{path} holds {inputs.dtype} inputs and {targets.dtype} targets; numbers are right")
     return inputs, targets

@@ -4,8 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,41 +35,52 @@ def left_running():
     return found
 
 
-class Listeners(Silent):
-    """A watcher that notes on which addresses our processes listen when the last round's row appears."""
-
-    addresses = frozenset()
-
-    def on_round(self, row, num_rounds):
-        super().on_round(row, num_rounds)
-        if row["round"] == num_rounds:
-            self.addresses = listening()
-
-
 def listening():
-    """Return the local addresses, as /proc writes them, of the sockets on which our processes listen."""
-    sockets = set()
+    """Return the commands of our processes, and the local addresses, as /proc writes them, on which they listen."""
+    commands, sockets = set(), set()
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if MARK.encode() in (path / "environ").read_bytes():
+                commands.add((path / "cmdline").read_bytes())
                 sockets |= {str(entry.readlink()) for entry in (path / "fd").iterdir()}
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+    return commands, {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
+
+@contextmanager
+def watched():
+    """Look at what our processes listen on, again and again while the block runs."""
+    commands, addresses, is_over = set(), set(), threading.Event()
+
+    def look():
+        while not is_over.wait(0.2):
+            found = listening()
+            commands.update(found[0])
+            addresses.update(found[1])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield commands, addresses
+    finally:
+        is_over.set()
+        thread.join()
 
 
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 def test_a_small_run_ends_with_the_simulators_digest_and_leaves_nothing_behind(tmp_path):
-    watcher = Listeners()
-    found = run(replace(alike(runtime="simulation"), out=str(tmp_path / "ray")), watcher)
+    watcher = Silent()
+    with watched() as (commands, addresses):
+        found = run(replace(alike(runtime="simulation"), out=str(tmp_path / "ray")), watcher)
     expected = run(alike(out=str(tmp_path / "here")), Silent())
     assert found["chain_digest"] == expected["chain_digest"]
     assert found["total_bytes"] == expected["total_bytes"]
     assert [row["round"] for row in watcher.rows] == [0, 1, 2]
     assert read_json(tmp_path / "ray" / "flower" / "run.json")["status"] == "finished:completed"
-    assert watcher.addresses
-    assert watcher.addresses <= LOOPBACK
+    assert any(b"raylet" in command for command in commands)
+    assert addresses <= LOOPBACK, "Ray has no passwords: nobody else may reach it"
     assert left_running() == []
 
 

@@ -103,6 +103,12 @@ def touch(path, text=""):
     return path
 
 
+def cut(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    return path
+
+
 def other_arrays(path):
     np.savez(path / "own.npz", x=np.zeros(3))
     return path / "own.npz"
@@ -112,6 +118,11 @@ WRONG = {
     "nothing there": (lambda path: path / "no.npz", FileNotFoundError, "does not exist"),
     "no such kind": (lambda path: touch(path / "own.txt"), ValueError, "neither"),
     "no NumPy file": (lambda path: touch(path / "own.npz"), ValueError, "cannot be read"),
+    "half a file": (
+        lambda path: cut(save(path / "own.npz", np.zeros((3, 2)), [0, 1, 0])),
+        ValueError,
+        "cannot be read",
+    ),
     "other arrays": (other_arrays, ValueError, "lacks the arrays"),
     "other lengths": (lambda path: save(path / "own.npz", np.zeros((3, 2)), [0]), ValueError, "3 inputs and 1 targets"),
     "NaN": (lambda path: save(path / "own.npz", [[np.nan]], [0]), ValueError, "NaN"),
@@ -146,5 +157,5 @@ def test_a_column_or_a_class_that_is_not_there_is_named(tmp_path):
 
 def test_pickled_objects_are_never_loaded(tmp_path):
     np.savez(tmp_path / "own.npz", inputs=np.array([{}], dtype=object), targets=np.zeros(1))
-    with pytest.raises(ValueError, match="pickle"):
+    with pytest.raises(ValueError, match="cannot be read as a NumPy file: Object arrays"):
         build(tmp_path / "own.npz")
