@@ -36,7 +36,9 @@ def client_app(replicas: Replicas) -> ClientApp:
     def _partition(message: Message, context: Context) -> Message:
         try:
             replica = replicas.open(context, message)
-            stated = MetricRecord({"partition-id": partition_of(context), "held": replica.num_kept})
+            stated = MetricRecord(
+                {"partition-id": partition_of(context), "held": replica.num_kept, "open": replica.open_version}
+            )
         except Exception as error:  # noqa: BLE001
             # Whatever keeps this machine from taking part, its server must hear why before any training starts.
             return failure(message, error)

@@ -3,26 +3,40 @@
 A client that cannot train (no data, lost state) answers with an error of its own and does not disturb the others.
 """
 
+import json
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from clients.replica import Replica
-from clients.state_store import ClientState, LostState
-from fedraclora.delivery import DENSE, UPDATE, Delivery, Needs, VersionMismatch
-from fedraclora.link import describe, restore
+from clients.state_store import FEEDBACK, MOMENTS, PRIVATE, VARIATES, ClientState, LostState
+from fedraclora.delivery import Delivery, Needs, VersionMismatch, sketch_digest
+from fedraclora.link import Link, describe, restore
 from fedraclora.local import LocalClient, LocalResult, train_cohort
-from fedraclora.moments import carry_over
-from fedraclora.optim import Moments
-from fedraclora.payload import flatten
-from fedraclora.plan import NO_STATE, RoundPlan
+from fedraclora.optim import Member, Moments
+from fedraclora.payload import flatten, unflatten
+from fedraclora.plan import NO_SEED, NO_STATE, RoundPlan
+from fedraclora.rebase import rebase
 from fedraclora.seeding import derive_seed
+from fedraclora.travel import FLAT
+from fedraclora.upload import (
+    VARIATES_KIND,
+    Manifest,
+    Outgoing,
+    manifest,
+    next_variates,
+    pack,
+    sent_values,
+)
 
 CLIENT_APP_RAISED = 2
 RECORD_PLAN = "plan"
+# What a plan says to one client alone.
+OWN_FIELDS = ("start_state", "lr_scale", "is_whole")
 
 log = logging.getLogger("fedraclora")
 
@@ -34,9 +48,51 @@ class Request:
     partition: int
     message: Message
 
+    @property
+    def record(self) -> Mapping[str, object]:
+        """Return the plan as it came."""
+        return self.message.content.config_records[RECORD_PLAN]
+
+    @property
+    def task(self) -> str:
+        """Return what clients that train together have in common: the plan and the version it is for."""
+        shared = {name: value for name, value in self.record.items() if name not in (*OWN_FIELDS, "links")}
+        return json.dumps([shared, json.loads(str(self.record["links"]))["digest"]])
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a client starts a round with: its state, in the open link's basis, and what of it was lost on the way.
+
+    `round` is the round whose state this is, NO_STATE for a client that has none.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    num_steps: int = 0
+    round: int = NO_STATE
+    lost: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, purpose: str) -> Mapping[str, Tensor]:
+        """Return what is remembered for a purpose, by key; nothing where nothing is."""
+        return self.tensors.get(purpose, {})
+
 
 def train(replica: Replica, requests: Sequence[Request]) -> list[Message]:
-    """Return one reply a request, in their order. All requests of a call belong to one round."""
+    """Return one reply a request, in their order. All requests of a call belong to one round.
+
+    Clients with the same plan and version train together; others, as those of another rank, in a cohort of their own.
+    """
+    groups: dict[str, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(request.task, []).append(place)
+    replies: dict[int, Message] = {}
+    for places in groups.values():
+        found = _train_alike(replica, [requests[place] for place in places])
+        replies |= dict(zip(places, found, strict=True))
+    return [replies[place] for place in range(len(requests))]
+
+
+def _train_alike(replica: Replica, requests: Sequence[Request]) -> list[Message]:
     replies: dict[int, Message] = {}
     try:
         _train_together(replica, dict(enumerate(requests)), replies)
@@ -49,49 +105,169 @@ def train(replica: Replica, requests: Sequence[Request]) -> list[Message]:
     return [replies[place] for place in range(len(requests))]
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One client's work: its request, the link as it has it, what it remembers, and the server's control variates."""
+
+    request: Request
+    link: Link
+    remembered: Remembered
+    server_variates: Mapping[str, Tensor]
+
+    @property
+    def lr_scale(self) -> float:
+        """Return the client's own factor on the learning rate."""
+        scale = self.request.record["lr_scale"]
+        assert isinstance(scale, float)
+        return scale
+
+    @property
+    def correction(self) -> dict[str, Tensor]:
+        """Return what SCAFFOLD adds to each gradient: the server's variates less the client's own."""
+        own = self.remembered.of(VARIATES)
+        return {key: server - own.get(key, torch.zeros_like(server)) for key, server in self.server_variates.items()}
+
+
 def _train_together(replica: Replica, requests: dict[int, Request], replies: dict[int, Message]) -> None:
     """Fill `replies` by the requests' keys."""
-    plan = _read_plan(next(iter(requests.values())).message)
+    plan = RoundPlan.from_record(next(iter(requests.values())).record)
     replica.receive(_distinct_deliveries(requests.values()))
     trainer, start = replica.prepare(plan)
-    clients = _local_clients(replica, plan, requests, replies)
-    places = list(clients)
-    stated: dict[str, str | int] = {
-        "version": replica.chain.digest,
-        "sketches": replica.sketches,
-        "held": replica.num_kept,
-    }
-    for result in train_cohort(trainer, start, list(clients.values()), plan.local):
-        request = requests[places[result.position]]
-        if plan.moments != "reset":
-            state = ClientState(_copy(result.moments), describe(replica.link.skeleton()))
-            replica.store.save(request.partition, plan.round, state)
-        content = RecordDict(dict(_arrays(plan, result.tensors)))
-        content["metrics"], content["reply"] = _metrics(result), ConfigRecord({**stated})
-        replies[places[result.position]] = Message(content, reply_to=request.message)
-
-
-def _local_clients(
-    replica: Replica, plan: RoundPlan, requests: dict[int, Request], replies: dict[int, Message]
-) -> dict[int, LocalClient]:
-    """Return the clients that can train; the others get their error reply."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in replica.chain.merged.items()}
+    dtype = next(iter(start.values())).dtype
+    expected = manifest(plan.training, replica.link, shapes, dtype)
+    jobs: dict[int, _Job] = {}
     clients: dict[int, LocalClient] = {}
     for place, request in requests.items():
         try:
-            clients[place] = _local_client(replica, plan, request)
+            jobs[place] = _job(replica, plan, request, expected)
+            clients[place] = _local_client(replica, plan, jobs[place])
         except ValueError as error:
             replies[place] = failure(request.message, error)
-    return clients
+    places = list(clients)
+    for result in train_cohort(trainer, start, list(clients.values()), plan.local):
+        place = places[result.position]
+        begun = {**start, **clients[place].member.own}
+        replies[place] = _reply(replica, plan, expected, jobs[place], begun, result)
 
 
-def _read_plan(message: Message) -> RoundPlan:
-    return RoundPlan.from_record(message.content.config_records[RECORD_PLAN])
+def _job(replica: Replica, plan: RoundPlan, request: Request, expected: Manifest) -> _Job:
+    variates: dict[str, Tensor] = {}
+    if plan.sending.variates and VARIATES_KIND in request.message.content.array_records:
+        flat = request.message.content.array_records[VARIATES_KIND][FLAT].numpy()
+        shapes = [shape for kind in expected.shapes.values() for shape in kind.values()]
+        device = replica.data.examples.inputs.device
+        variates = dict(zip(expected.keys, [t.to(device) for t in unflatten(flat, shapes)], strict=True))
+    link = replica.link.of_client(request.partition)
+    return _Job(request, link, _remembered(replica, plan, request, link), variates)
+
+
+def _remembered(replica: Replica, plan: RoundPlan, request: Request, link: Link) -> Remembered:
+    named = request.record["start_state"]
+    if not isinstance(named, int) or named == NO_STATE:
+        return Remembered()
+    try:
+        state = replica.store.load(request.partition, named)
+    except LostState as error:
+        log.warning("round %d: %s; it starts anew", plan.round, error)
+        return Remembered()
+    modes = {MOMENTS: plan.training.moments, FEEDBACK: plan.sending.memory, VARIATES: plan.sending.memory}
+    old, tensors, lost = restore(state.link, []), dict(state.tensors), {}
+    for purpose, mode in modes.items():
+        if state.tensors.get(purpose):
+            tensors[purpose], lost[purpose] = rebase(state.tensors[purpose], old, link, mode=mode)
+    return Remembered(tensors, state.num_steps, named, lost)
+
+
+def _local_client(replica: Replica, plan: RoundPlan, job: _Job) -> LocalClient:
+    partition = job.request.partition
+    rows = replica.data.partitions.get(partition)
+    if rows is None or len(rows) == 0:
+        raise ValueError(f"this machine holds no data of partition {partition}")
+    own = {**replica.own_factors(partition, plan), **job.remembered.of(PRIVATE)}
+    moments = Moments(dict(job.remembered.of(MOMENTS)), job.remembered.num_steps)
+    member = Member(moments if moments.tensors else None, own, job.lr_scale, job.correction)
+    noise_seed = None if plan.noise_seed == NO_SEED else derive_seed(plan.noise_seed, "client", partition)
+    held_out = replica.data.held_out.get(partition, rows[:0])
+    return LocalClient(rows, _batch_seed(plan, partition), member, held_out, noise_seed)
+
+
+def _batch_seed(plan: RoundPlan, partition: int) -> int:
+    return derive_seed(plan.batch_seed, "client", partition)
+
+
+def _reply(  # noqa: PLR0913 - the round, the client and what it trained
+    replica: Replica,
+    plan: RoundPlan,
+    expected: Manifest,
+    job: _Job,
+    begun: Mapping[str, Tensor],
+    result: LocalResult,
+) -> Message:
+    """Return one client's reply, and keep what it has to remember."""
+    values, starts = sent_values(plan, result.tensors, begun, job.link)
+    is_finite = all(bool(torch.isfinite(value).all()) for value in values.values())
+    if not is_finite and plan.sending.sends_differences:
+        # Nothing encodes NaN; the loss says what happened.
+        values = starts
+    outgoing = pack(
+        plan.sending,
+        values,
+        starts,
+        job.remembered.of(FEEDBACK),
+        seed=derive_seed(_batch_seed(plan, job.request.partition), "codec"),
+        expected=expected,
+        is_whole=bool(job.request.record["is_whole"]),
+    )
+    records = {kind: ArrayRecord({n: Array(a) for n, a in arrays.items()}) for kind, arrays in outgoing.arrays.items()}
+    variates: dict[str, Tensor] = {}
+    if plan.sending.variates:
+        variates, change = next_variates(
+            job.remembered.of(VARIATES),
+            job.server_variates,
+            values,
+            starts,
+            plan.local.lr * job.lr_scale * result.num_steps,
+        )
+        records[VARIATES_KIND] = ArrayRecord({FLAT: Array(flatten([change[key] for key in expected.keys]))})
+    if plan.keeps_state:
+        _keep(replica, plan, job, result, {FEEDBACK: outgoing.memory, VARIATES: variates})
+    content = RecordDict(dict(records))
+    content["metrics"] = _metrics(job, outgoing, result, is_finite=is_finite)
+    content["reply"] = ConfigRecord({**_stated(replica, job)})
+    return Message(content, reply_to=job.request.message)
+
+
+def _stated(replica: Replica, job: _Job) -> dict[str, str | int]:
+    """Return where a client is: digests that its server compares, and what it keeps."""
+    return {
+        "version": replica.chain.digest,
+        "sketches": sketch_digest(job.link),
+        "held": replica.num_kept,
+        "open": replica.open_version,
+        "state": job.remembered.round,
+    }
+
+
+def _keep(
+    replica: Replica, plan: RoundPlan, job: _Job, result: LocalResult, more: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    training = plan.training
+    moments = result.moments.tensors if training.moments != "reset" else {}
+    found = {MOMENTS: moments, PRIVATE: {key: result.tensors[key] for key in training.private}, **more}
+    kept = {purpose: {k: t.clone() for k, t in named.items()} for purpose, named in found.items() if named}
+    state = ClientState(kept, result.moments.num_steps, describe(job.link.skeleton()))
+    replica.store.save(job.request.partition, plan.round, state)
 
 
 def delivery_of(message: Message) -> Delivery:
     """Return the delivery that a message carries."""
     content = message.content
-    arrays = {kind: record["flat"].numpy() for kind, record in content.array_records.items()}
+    arrays = {
+        kind: {name: array.numpy() for name, array in record.items()}
+        for kind, record in content.array_records.items()
+        if kind != VARIATES_KIND
+    }
     return Delivery(str(content.config_records[RECORD_PLAN]["links"]), arrays)
 
 
@@ -99,43 +275,22 @@ def _distinct_deliveries(requests: Iterable[Request]) -> list[Delivery]:
     """Return the deliveries without repeats: clients that lack the same links are sent the same records."""
     found: dict[str, Delivery] = {}
     for request in requests:
-        header = str(request.message.content.config_records[RECORD_PLAN]["links"])
+        header = str(request.record["links"])
         if header not in found:
             found[header] = delivery_of(request.message)
     return list(found.values())
 
 
-def _local_client(replica: Replica, plan: RoundPlan, request: Request) -> LocalClient:
-    rows = replica.data.partitions.get(request.partition)
-    if rows is None or len(rows) == 0:
-        raise ValueError(f"this machine holds no data of partition {request.partition}")
-    seed = derive_seed(plan.batch_seed, "client", request.partition)
-    return LocalClient(rows, seed, _moments(replica, plan, request))
-
-
-def _moments(replica: Replica, plan: RoundPlan, request: Request) -> Moments | None:
-    named = request.message.content.config_records[RECORD_PLAN]["start_state"]
-    if not isinstance(named, int) or named == NO_STATE:
-        return None
-    try:
-        state = replica.store.load(request.partition, named)
-    except LostState as error:
-        log.warning("round %d: %s; its optimiser starts anew", plan.round, error)
-        return None
-    return carry_over(state.moments, restore(state.link, []), replica.link, mode=plan.moments)
-
-
-def _copy(moments: Moments) -> Moments:
-    return Moments({key: tensor.clone() for key, tensor in moments.tensors.items()}, moments.num_steps)
-
-
-def _arrays(plan: RoundPlan, tensors: dict[str, Tensor]) -> dict[str, ArrayRecord]:
-    by_kind = {UPDATE: [tensors[key] for key in plan.factors], DENSE: [tensors[name] for name in plan.dense]}
-    return {kind: ArrayRecord({"flat": Array(flatten(group))}) for kind, group in by_kind.items() if group}
-
-
-def _metrics(result: LocalResult) -> MetricRecord:
-    return MetricRecord({"num-examples": result.num_examples, "num-steps": result.num_steps, "train-loss": result.loss})
+def _metrics(job: _Job, outgoing: Outgoing, result: LocalResult, *, is_finite: bool) -> MetricRecord:
+    metrics: dict[str, int | float] = {
+        "num-examples": result.num_examples,
+        "num-steps": result.num_steps,
+        "train-loss": result.loss if is_finite else float("nan"),
+        "is-within": int(outgoing.is_within),
+    }
+    if result.num_correct is not None:
+        metrics |= {"num-correct": result.num_correct, "num-held-out": result.num_held_out}
+    return MetricRecord({**metrics, **{f"lost-{purpose}": share for purpose, share in job.remembered.lost.items()}})
 
 
 def failure(message: Message, error: Exception) -> Message:

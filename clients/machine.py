@@ -20,7 +20,7 @@ from fedraclora.chain import Chain
 from fedraclora.data import check_examples
 from fedraclora.files import write_atomically
 from fedraclora.plugins import find
-from fedraclora.setup import DATASETS, Plugin, Setup, base_weights, build_dataset, hold_out, set_threads, split_dataset
+from fedraclora.setup import DATASETS, Plugin, Setup, base_weights, build_dataset, hold_out, hold_out_own, set_threads, split_dataset
 
 # A machine keeps the replicas of this many runs; those used longest ago go first.
 KEPT_RUNS = 4
@@ -132,7 +132,8 @@ def local_data(setup: Setup, node: Node) -> LocalData:
     if not node.has_own_data:
         dataset = hold_out(build_dataset(setup.dataset), setup.dataset, validation=setup.validation)
         split = split_dataset(setup.partition, dataset, num_clients=setup.num_clients)
-        return LocalData(dataset.train.to(device=device, dtype=dtype), dict(enumerate(split.indices)), setup.task)
+        rows, held_out = hold_out_own(dataset.train, dict(enumerate(split.indices)), setup)
+        return LocalData(dataset.train.to(device=device, dtype=dtype), rows, setup.task, held_out)
     plugin = own_dataset(setup, node)
     train = build_dataset(plugin).train
     where = f"{node.data_path or plugin.name} of client {node.partition}"
@@ -140,8 +141,8 @@ def local_data(setup: Setup, node: Node) -> LocalData:
     if tuple(train.inputs.shape[1:]) != setup.model.input_shape:
         found, right = tuple(train.inputs.shape[1:]), setup.model.input_shape
         raise ValueError(f"{where}: an input has the shape {found}, the run's model takes {right}")
-    rows = {node.partition: np.arange(len(train), dtype=np.int64)}
-    return LocalData(train.to(device=device, dtype=dtype), rows, setup.task)
+    rows, held_out = hold_out_own(train, {node.partition: np.arange(len(train), dtype=np.int64)}, setup)
+    return LocalData(train.to(device=device, dtype=dtype), rows, setup.task, held_out)
 
 
 def own_dataset(setup: Setup, node: Node) -> Plugin:

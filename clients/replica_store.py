@@ -17,10 +17,11 @@ from filelock import FileLock
 
 from fedraclora import link as links
 from fedraclora import sketch
-from fedraclora.chain import Chain, extend_hash
+from fedraclora.chain import SLOT, Chain, extend_hash
 from fedraclora.delivery import Received
 from fedraclora.files import read_tensors, write_tensors
 from fedraclora.link import Link
+from fedraclora.travel import Kept
 
 log = logging.getLogger("fedraclora")
 
@@ -70,14 +71,41 @@ class ReplicaStore:
 
     def clear(self) -> None:
         """Forget the replica; what else lies in the folder stays."""
-        for path in [*map(self._snapshot, self._snapshots()), *self._links()]:
+        for path in [*map(self._snapshot, self._snapshots()), *self._links(), self._open]:
             path.unlink(missing_ok=True)
 
+    def keep_open(self, kept: Kept, version: int) -> None:
+        """Write the factors of an open link, of which the server will send only what changes."""
+        tensors = {f"{position}": tensor for position, tensor in enumerate(kept.values())}
+        named = {"names": json.dumps([name for name, _ in kept]), "digest": sketch.digest_all(tensors)}
+        write_tensors(self._open, tensors, {**named, "version": str(version)})
+
+    def read_open(self) -> tuple[Kept, int] | None:
+        """Return what `keep_open` wrote last and its version, None where there is nothing that can be used."""
+        found: list[tuple[Kept, int]] = []
+
+        def read(path: Path) -> None:
+            tensors, metadata = read_tensors(path)
+            if sketch.digest_all(tensors) != metadata["digest"]:
+                raise ValueError("its tensors are not what their digest says")
+            ordered = [tensors[str(position)] for position in range(len(tensors))]
+            named = zip(json.loads(metadata["names"]), ordered, strict=True)
+            found.append(({(name, tuple(t.shape)): t for name, t in named}, int(metadata["version"])))
+
+        if self._open.exists():
+            self._checked(self._open, read)
+        return found[0] if found else None
+
+    @property
+    def _open(self) -> Path:
+        return self.folder / "open.safetensors"
+
     def _fold(self, chain: Chain) -> None:
-        metadata = {"hash": chain.hash, "num_links": str(chain.num_links), "weights": sketch.digest_all(chain.merged)}
+        everything = chain.everything()
+        metadata = {"hash": chain.hash, "num_links": str(chain.num_links), "weights": sketch.digest_all(everything)}
         old = [*map(self._snapshot, self._snapshots()), *self._links()]
         kept = self._snapshot(chain.num_links)
-        write_tensors(kept, chain.merged, metadata)
+        write_tensors(kept, everything, metadata)
         for path in old:
             if path != kept:
                 path.unlink(missing_ok=True)
@@ -115,7 +143,8 @@ def _weight_bytes(chain: Chain) -> int:
 
 def _restore(chain: Chain, path: Path) -> None:
     tensors, metadata = read_tensors(path)
-    if sketch.digest_all(tensors) != metadata["weights"] or tensors.keys() != chain.merged.keys():
+    weights = {name for name in tensors if not name.startswith(SLOT)}
+    if sketch.digest_all(tensors) != metadata["weights"] or weights != chain.merged.keys():
         raise ValueError("its weights are not what their digest says, or those of another model")
     chain.restore(tensors, num_links=int(metadata["num_links"]), hash=metadata["hash"])
 

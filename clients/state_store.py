@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedraclora.files import read_tensors, write_tensors
-from fedraclora.optim import Moments
+
+# What a client remembers: its optimiser's first moments, what its compressor left out (or the difference it has told
+# of), its control variates, and what it trains and never sends.
+MOMENTS, FEEDBACK, VARIATES, PRIVATE = "moments", "feedback", "variates", "private"
 
 
 class LostState(ValueError):
@@ -20,9 +25,13 @@ class LostState(ValueError):
 
 @dataclass(frozen=True)
 class ClientState:
-    """First moments of the local optimiser, and the description of the link whose basis they live in."""
+    """What a client remembers, by purpose and key, and the description of the link whose basis that lives in.
 
-    moments: Moments
+    `num_steps` counts the steps over which first moments were gathered.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    num_steps: int
     link: list[Any]
 
 
@@ -37,8 +46,9 @@ class ClientStore:
         """Keep `state` as the candidate of `round`."""
         self._states[partition, round] = state
         if self._folder is not None:
-            metadata = {"link": json.dumps(state.link), "num_steps": str(state.moments.num_steps)}
-            write_tensors(self._path(partition, round), state.moments.tensors, metadata)
+            metadata = {"link": json.dumps(state.link), "num_steps": str(state.num_steps)}
+            flat = {f"{purpose}/{key}": t for purpose, named in state.tensors.items() for key, t in named.items()}
+            write_tensors(self._path(partition, round), flat, metadata)
 
     def load(self, partition: int, round: int) -> ClientState:
         """Return the candidate of `round` and forget all others. Raises LostState where there is none."""
@@ -60,8 +70,12 @@ class ClientStore:
         path = None if self._folder is None else self._path(partition, round)
         if path is None or not path.exists():
             raise LostState(f"client {partition} has no state of round {round} to start from")
-        tensors, metadata = read_tensors(path)
-        return ClientState(Moments(tensors, int(metadata["num_steps"])), json.loads(metadata["link"]))
+        flat, metadata = read_tensors(path)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in flat.items():
+            purpose, _, key = name.partition("/")
+            tensors.setdefault(purpose, {})[key] = tensor
+        return ClientState(tensors, int(metadata["num_steps"]), json.loads(metadata["link"]))
 
     def _path(self, partition: int, round: int) -> Path:
         assert self._folder is not None

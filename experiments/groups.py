@@ -22,6 +22,8 @@ GROUPS: Mapping[str, str] = {
     "dataset": "fedraclora.datasets",
     "partition": "fedraclora.partitions",
     "runtime": "experiments.runtimes",
+    "uplink": "fedraclora.compressors",
+    "downlink": "fedraclora.compressors",
 }
 
 

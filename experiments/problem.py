@@ -1,5 +1,6 @@
 """From settings to the things that a run is made of, all checked before any training starts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,20 +9,25 @@ from torch import nn
 
 from clients.replica import LocalData, Memory, Replica
 from clients.state_store import ClientStore
+from experiments.combinations import check_combination
 from experiments.groups import GROUPS, plain_values
 from experiments.settings import Settings
 from fedraclora.chain import Chain
+from fedraclora.codec import codec_text
 from fedraclora.data import Dataset, Split, check_dataset
 from fedraclora.finished import ModelCard
 from fedraclora.ledger import MIB
 from fedraclora.local_config import LocalConfig
-from fedraclora.plan import RoundPlan
+from fedraclora.plan import FEEDBACKS, MEMORIES, RoundPlan, Sending
 from fedraclora.plugins import find, nearest
+from fedraclora.privacy import LEVELS, Privacy
 from fedraclora.probe import check_clients_stay_apart
-from fedraclora.seeding import derive_seed, stream
-from fedraclora.setup import Plugin, Setup, base_weights, build_dataset, hold_out, split_dataset
+from fedraclora.seeding import derive_seed, generator, stream
+from fedraclora.server_rule import RULES, ServerRule
+from fedraclora.setup import Plugin, Setup, base_weights, build_dataset, hold_out, hold_out_own, split_dataset
 from fedraclora.sketch import LAWS
 from fedraclora.targets import find_dense, find_targets
+from strategies.merging import AGGREGATES, Robust
 from strategies.method import Adapter, Method
 from strategies.rounds import RoundSettings
 from strategies.state import Budget
@@ -52,8 +58,8 @@ class Problem:
 
     def replica(self, settings: Settings, chain: Chain, store: ClientStore) -> Replica:
         """Return the replica that all simulated clients share; `chain` is its own copy of the log."""
-        partitions = dict(enumerate(self.split.indices))
-        data = LocalData(self.dataset.train, partitions, self.dataset.task)
+        rows, held_out = hold_out_own(self.dataset.train, dict(enumerate(self.split.indices)), self.setup)
+        data = LocalData(self.dataset.train, rows, self.dataset.task, held_out)
         memory = Memory(self.setup.chunk_bytes, self.setup.chunk_clients)
         return Replica(self.model, data, chain, store, memory)
 
@@ -68,7 +74,9 @@ def prepare(settings: Settings) -> Problem:
     check_no_tied_weights(model)
     setup = replace(setup, base=Chain.start(base_weights(model)).hash)
     method: Method = find(GROUPS["method"], settings.method.name).build(settings.method, _adapter(settings, model))
-    problem = Problem(_on_device(dataset, settings), split, model, method, _round_settings(settings), setup)
+    rounds = round_settings(settings)
+    check_combination(settings, method, rounds)
+    problem = Problem(_on_device(dataset, settings), split, model, method, rounds, setup)
     _probe(problem, settings)
     return problem
 
@@ -96,6 +104,8 @@ def _setup(settings: Settings, dataset: Dataset) -> Setup:
         threads=1 if settings.exact else settings.threads,
         chunk_bytes=int(settings.chunk_mib * MIB),
         chunk_clients=1 if settings.exact else 0,
+        personal=settings.personal_fraction,
+        personal_seed=derive_seed(partition_seed, "personal"),
     )
 
 
@@ -115,9 +125,10 @@ def _validation(settings: Settings) -> float:
 def _probe(problem: Problem, settings: Settings) -> None:
     """Prepare the first round's training as a client would, and look at the model once before anything is trained."""
     chain = problem.new_chain()
-    chain.open_link(problem.method.open_link(0))
-    trained = problem.method.trains(1)
-    plan = RoundPlan(round=1, trained=trained.factors, dense=trained.dense, moments=trained.moments)
+    link = problem.method.open_link(0, chain.merged)
+    # One client's draws serve for all here.
+    chain.open_link(link.of_client(0))
+    plan = RoundPlan(round=1, training=problem.method.trains(1, link))
     trainer, start = problem.replica(settings, chain, ClientStore()).prepare(plan)
     dataset = problem.dataset
     check_clients_stay_apart(trainer.model, start, (dataset.train if len(dataset.train) else dataset.test).inputs)
@@ -170,10 +181,12 @@ def _adapter(settings: Settings, model: nn.Module) -> Adapter:
         parameters=tuple(name for name, _ in model.named_parameters()),
         law=settings.sketch.law,
         seed=stream(settings.seed, "sketch"),
+        is_shared=settings.sketch.shared,
     )
 
 
-def _round_settings(settings: Settings) -> RoundSettings:
+def round_settings(settings: Settings) -> RoundSettings:
+    """Return the rules of the rounds. Raises ValueError for values with which no round can be run."""
     return RoundSettings(
         num_clients=settings.num_clients,
         fraction=settings.fraction,
@@ -199,7 +212,53 @@ def _round_settings(settings: Settings) -> RoundSettings:
         budget=Budget(
             *(_bytes(limit) for limit in (settings.budget_mib, settings.uplink_mib, settings.per_client_mib))
         ),
+        sending=_sending(settings),
+        downlink=codec_text(settings.downlink.name, _own_settings(settings.downlink)),
+        whole_probability=settings.memory.whole_probability,
+        rule=ServerRule(*plain_values(settings.server).values()),
+        robust=Robust(**plain_values(settings.robust)),
+        privacy=None if settings.privacy.level == "none" else Privacy(**plain_values(settings.privacy)),
+        is_deployed=getattr(settings.runtime, "superlink", None) is not None,
+        ranks=client_ranks(settings),
+        lr_scales=tuple(settings.client_lr_scales),
+        alpha=settings.alpha,
+        verify=settings.verify,
     )
+
+
+def _sending(settings: Settings) -> Sending:
+    return Sending(
+        codec=codec_text(settings.uplink.name, _own_settings(settings.uplink)),
+        feedback=settings.memory.feedback,
+        memory=settings.memory.at_new_link,
+        variates=settings.scaffold,
+    )
+
+
+def client_ranks(settings: Settings) -> tuple[int, ...]:
+    """Return the rank of each client, empty where all have the layers' own.
+
+    Shares by rank are dealt out in a random order of the clients; the largest rank takes what rounding leaves. Raises
+    ValueError for anything that gives no rank to some client.
+    """
+    wanted = settings.client_ranks
+    if wanted is None:
+        return ()
+    if not isinstance(wanted, Mapping):
+        ranks = tuple(int(rank) for rank in wanted)
+        if len(ranks) != settings.num_clients or min(ranks) < 1:
+            raise ValueError(
+                f"client_ranks={list(ranks)} must hold a rank, at least 1, for each of {settings.num_clients} clients"
+            )
+        return ranks
+    shares = {int(rank): float(share) for rank, share in sorted(wanted.items(), key=lambda item: int(item[0]))}
+    if min(shares) < 1 or abs(sum(shares.values()) - 1) > 1e-9 or min(shares.values()) < 0:
+        raise ValueError(f"client_ranks={shares}: ranks must be at least 1, and their shares add up to 1")
+    counts = {rank: round(share * settings.num_clients) for rank, share in shares.items()}
+    dealt = [rank for rank, count in counts.items() for _ in range(count)][: settings.num_clients]
+    dealt += [max(shares)] * (settings.num_clients - len(dealt))
+    order = generator(derive_seed(stream(settings.seed, "cohort"), "ranks")).permutation(settings.num_clients)
+    return tuple(dealt[place] for place in order)
 
 
 def _bytes(mib: float | None) -> float | None:
@@ -212,6 +271,11 @@ def _check_choices(settings: Settings) -> None:
         ("eval_split", settings.eval_split, SPLITS),
         ("keep_versions", settings.keep_versions, ("all", "last")),
         ("sketch.law", settings.sketch.law, LAWS),
+        ("privacy.level", settings.privacy.level, ("none", *LEVELS)),
+        ("memory.feedback", settings.memory.feedback, FEEDBACKS),
+        ("memory.at_new_link", settings.memory.at_new_link, MEMORIES),
+        ("server.rule", settings.server.rule, RULES),
+        ("robust.aggregate", settings.robust.aggregate, AGGREGATES),
     )
     for key, value, valid in choices:
         if value not in valid:
@@ -223,6 +287,8 @@ def _check_choices(settings: Settings) -> None:
         value = getattr(settings, key)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{key}={value} must be positive and finite")
+    if not 0 <= settings.personal_fraction < 1:
+        raise ValueError(f"personal_fraction={settings.personal_fraction} must lie in [0, 1)")
     if _is_elsewhere(settings) and getattr(settings.runtime, "superlink", None) is None:
         raise ValueError(
             f"with partition={settings.partition.name} the clients' data are on their own machines; that needs "

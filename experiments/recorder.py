@@ -16,8 +16,9 @@ import pandas as pd
 
 from fedraclora.chain import Chain
 from fedraclora.chain_store import ChainStore
-from fedraclora.files import read_json, write_atomically, write_json
+from fedraclora.files import read_json, read_tensors, write_atomically, write_json, write_tensors
 from fedraclora.ledger import LedgerRow, Traffic
+from strategies.memory import Memory
 from strategies.rounds import RoundReport
 from strategies.state import ServerState
 
@@ -36,7 +37,8 @@ REPORT_COLUMNS = (
 COLUMNS = (
     *("method", "seed"),
     *REPORT_COLUMNS,
-    *("test_loss", "test_accuracy"),
+    *("test_loss", "test_accuracy", "personal_accuracy", "aggregation_gap", "epsilon", "clip"),
+    *("lost_moments", "lost_feedback", "lost_variates"),
     *BYTE_COLUMNS,
     *(f"cum_{name}" for name in BYTE_COLUMNS),
     *("round_s", "simulated_s"),
@@ -88,7 +90,13 @@ class Recorder:
         self._began -= saved["wall_s"]
         chain = self.store.load(saved["version"])
         self.digest = chain.digest
+        memory = self._memory_of(state.round)
+        if memory.exists():
+            state.memory = Memory.from_file(*read_tensors(memory))
         return chain, state
+
+    def _memory_of(self, round: int) -> Path:
+        return self.folder / f"server_{round:06d}.safetensors"
 
     def _delete_drafts(self) -> None:
         """Delete the files that a killed process had begun to write."""
@@ -113,6 +121,8 @@ class Recorder:
                 self.store.snapshot(chain)
         _append(self.folder / "ledger.csv", pd.DataFrame([astuple(item) for item in report.rows]))
         _append(self.folder / "rounds.csv", pd.DataFrame([row], columns=list(COLUMNS)))
+        if state.memory.tensors:
+            write_tensors(self._memory_of(report.round), *state.memory.to_file())
         saved = {
             "version": chain.version,
             "wall_s": self.wall_s,
@@ -120,6 +130,9 @@ class Recorder:
             "server": state.to_json(),
         }
         write_json(self.folder / "state.json", saved)
+        for path in self.folder.glob("server_*.safetensors"):
+            if path != self._memory_of(report.round):
+                path.unlink()
         if not self._keeps_all:
             self.store.forget_replaced()
 
@@ -136,6 +149,10 @@ def round_row(report: RoundReport, total: Traffic, *, method: str, seed: int) ->
         "method": method,
         "seed": seed,
         **counts,
+        "personal_accuracy": report.personal_accuracy,
+        "aggregation_gap": report.aggregation_gap,
+        "clip": report.clip,
+        **{f"lost_{purpose}": share for purpose, share in report.lost.items()},
         **{name: own[name] for name in BYTE_COLUMNS},
         **{f"cum_{name}": cumulative[name] for name in BYTE_COLUMNS},
         "round_s": round(report.round_s, 6),

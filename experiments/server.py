@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from flwr.serverapp import Grid
 from omegaconf import OmegaConf
 
+from experiments.accountant import client_epsilon, example_epsilon
 from experiments.folders import check_same_run
 from experiments.groups import plain_values
 from experiments.outcomes import AT_BUDGET, FAILED, FINISHED, INTERRUPTED, Diverged, NothingTrained, status_of
@@ -26,8 +27,8 @@ from fedraclora.files import write_atomically
 from fedraclora.partitions import label_counts
 from fedraclora.tasks import evaluate
 from strategies.base import ChainStrategy
-from strategies.rounds import RoundReport
-from strategies.state import BudgetTooSmall
+from strategies.rounds import RoundReport, RoundSettings
+from strategies.state import BudgetTooSmall, ServerState
 
 log = logging.getLogger("fedraclora")
 
@@ -76,6 +77,7 @@ class _Run:
         """Return a round's row of `rounds.csv`, evaluated where it is due."""
         name = self.settings.method.name
         row = round_row(report, self.strategy.state.traffic, method=name, seed=self.settings.seed)
+        row["epsilon"] = spent_epsilon(self.strategy.settings, self.strategy.state)
         if report.round % self.settings.eval_every == 0 or report.round == self.settings.rounds:
             model, dataset = self.problem.model, self.problem.dataset
             model.load_state_dict(self.strategy.chain.weights())
@@ -87,6 +89,24 @@ class _Run:
         digests = {"chain_digest": self.recorder.digest, "split_digest": self.problem.split.digest}
         reason = {} if error is None else {"error": error}
         return write_summary(self.recorder, self.settings, {"status": status, **reason, **digests})
+
+
+def spent_epsilon(settings: RoundSettings, state: ServerState) -> float | None:
+    """Return the epsilon that the rounds so far have cost, for the worst client where examples are hidden."""
+    privacy = settings.privacy
+    if privacy is None or state.round < 1:
+        return None
+    if privacy.level == "client":
+        size = settings.cohort_size
+        return client_epsilon(settings.num_clients, size, privacy.noise, state.round, privacy.delta)
+    width = settings.local.batch_size
+    return max(
+        (
+            example_epsilon(num, min(width, num), privacy.noise, state.num_steps[partition], privacy.delta)
+            for partition, num in state.num_examples.items()
+        ),
+        default=0.0,
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The settings of a run and of a comparison: one dataclass each, every key with its meaning beside it.
 
-Hydra composes them from the command line; `method`, `model`, `dataset`, `partition` and `runtime` are groups, one
-plug-in a file, each with settings of its own (`method.side=a`).
+Hydra composes them from the command line; `method`, `model`, `dataset`, `partition`, `runtime`, `uplink` and `downlink`
+are groups, one plug-in a file, each with settings of its own (`method.side=a`, `uplink.share=0.1`).
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +13,55 @@ class SketchSettings:
     """How the frozen random factors are drawn."""
 
     law: str = "orthonormal"
+    # Whether all clients draw the same ones, or each its own (rac_lora).
+    shared: bool = True
+
+
+@dataclass
+class ServerSettings:
+    """The server's optimiser."""
+
+    rule: str = "sgd"
+    lr: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+
+@dataclass
+class MemorySettings:
+    """What is done about a compressor's error, and what becomes of what is remembered when a new link opens."""
+
+    feedback: str = "none"
+    at_new_link: str = "transport"
+    # MARINA: how likely a round is in which everything is sent.
+    whole_probability: float = 0.1
+
+
+@dataclass
+class RobustSettings:
+    """What takes the place of the mean."""
+
+    aggregate: str = "mean"
+    trim: int = 1
+    num_attackers: int = 1
+    num_chosen: int = 2
+    # A bound on the Euclidean norm of a client's difference, to which a longer one is scaled; 0: none.
+    max_norm: float = 0.0
+
+
+@dataclass
+class PrivacySettings:
+    """Differential privacy of clients or of examples; `level=none` switches it off."""
+
+    level: str = "none"
+    clip: float = 1.0
+    noise: float = 1.0
+    delta: float = 1e-5
+    adaptive: bool = False
+    quantile: float = 0.5
+    clip_lr: float = 0.2
+    count_noise: float = 0.0
 
 
 @dataclass
@@ -25,6 +74,8 @@ class Settings:
     dataset: Any = None
     partition: Any = None
     runtime: Any = None
+    uplink: Any = None
+    downlink: Any = None
 
     # The federation.
     seed: int = 0
@@ -41,6 +92,11 @@ class Settings:
     # Seconds: a round's deadline, and how long the server waits for all clients before it begins without some.
     timeout_s: float = 3600.0
     connect_s: float = 120.0
+
+    # Ranks of single clients: one a client ([4, 8, ...]), or shares of them by rank ({4: 0.5, 8: 0.5}).
+    client_ranks: Any = None
+    # Factors on the learning rate of single clients: one a client.
+    client_lr_scales: list[float] = field(default_factory=list)
 
     # What is trained: target layers get factors of this rank (`ranks` by layer name), `dense` names tensors trained
     # in full.
@@ -61,6 +117,14 @@ class Settings:
     batch_size: int = 32
     proximal: float = 0.0
     clip_norm: float = 0.0
+    # SCAFFOLD's control variates.
+    scaffold: bool = False
+
+    # The server, and what travels.
+    server: ServerSettings = field(default_factory=ServerSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    robust: RobustSettings = field(default_factory=RobustSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
 
     # Limits on tensor bytes, in MiB: of all traffic, of the uplink, and of any one client.
     budget_mib: float | None = None
@@ -73,6 +137,10 @@ class Settings:
     eval_split: str = "test"
     validation_fraction: float = 0.1
     target_accuracies: list[float] = field(default_factory=lambda: [0.8, 0.9])
+    # The share of its own examples that each client holds out to score its own model on.
+    personal_fraction: float = 0.0
+    # Measure in each round how far what is merged is from the mean of the clients' products.
+    verify: bool = False
 
     # The machine. More than one thread pays for large models only, and changes the last bits (0: what PyTorch chooses).
     device: str = "cpu"

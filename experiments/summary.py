@@ -24,6 +24,9 @@ def write_summary(recorder: Recorder, settings: Settings, known: dict[str, Any])
         "num_rounds": int(last["round"]),
         "final_test_accuracy": _last(evaluated["test_accuracy"]),
         "final_test_loss": _last(evaluated["test_loss"]),
+        "final_personal_accuracy": _last(rounds["personal_accuracy"].dropna()),
+        "mean_aggregation_gap": _mean(rounds["aggregation_gap"].dropna()),
+        "epsilon": _last(rounds["epsilon"].dropna()),
         **{f"{name}_bytes": int(last[f"cum_{name}_bytes"]) for name in BYTE_SUMS},
         "targets": {str(target): first_crossing(rounds, target) for target in settings.target_accuracies},
         "wall_s": round(recorder.wall_s, 3),
@@ -36,6 +39,10 @@ def write_summary(recorder: Recorder, settings: Settings, known: dict[str, Any])
 
 def _last(values: "pd.Series[float]") -> float | None:
     return None if values.empty or pd.isna(values.iloc[-1]) else float(values.iloc[-1])
+
+
+def _mean(values: "pd.Series[float]") -> float | None:
+    return None if values.empty else float(values.mean())
 
 
 def first_crossing(rounds: pd.DataFrame, target: float) -> dict[str, int] | None:

@@ -8,15 +8,18 @@ each solve; FFA-LoRA never closes one.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fedraclora import sketch
-from fedraclora.link import Dense, Link, LowRank, Set, Term, Zero, materialize
+from fedraclora.link import Dense, Link, LowRank, Set, Term, is_zero, materialize
+from fedraclora.server_rule import step_
 
 Weights = dict[str, Tensor]
+# Marks the moments of a server rule among the tensors of a snapshot.
+SLOT = "moment of "
 
 
 def merge_(weights: Weights, terms: Sequence[Term]) -> None:
@@ -38,12 +41,38 @@ def _add_low_rank_(weight: Tensor, term: LowRank) -> None:
     One rounded product and one rounded sum an element: unlike a matrix product, that gives the same bits on every
     machine.
     """
-    if isinstance(term.lora_a, Zero) or isinstance(term.lora_b, Zero):
+    if is_zero(term):
         return
     matrix = weight.view(weight.shape[0], -1)
     lora_a, lora_b = materialize(term.lora_a, weight), materialize(term.lora_b, weight) * term.scale
+    if term.core is not None:
+        lora_b = _multiply(lora_b, materialize(term.core, weight))
     for column, row in zip(lora_b.unbind(1), lora_a.unbind(0), strict=True):
         matrix.add_(column.unsqueeze(1) * row)
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return a matrix product with one rounded product and one rounded sum a step, for the same reason."""
+    total = torch.zeros(left.shape[0], right.shape[1], dtype=left.dtype, device=left.device)
+    for column, row in zip(left.unbind(1), right.unbind(0), strict=True):
+        total.add_(column.unsqueeze(1) * row)
+    return total
+
+
+def merge_link_(weights: Weights, slots: Weights, link: Link) -> None:
+    """Apply a link to `weights`, by way of its server rule where it has one, whose moments are in `slots`; in place.
+
+    The rule sees what the link adds to each tensor; what the link sets is set.
+    """
+    if link.rule is None:
+        merge_(weights, link.terms)
+        return
+    added = [term for term in link.terms if not isinstance(term, Set)]
+    merge_(weights, [term for term in link.terms if isinstance(term, Set)])
+    updates = {target: torch.zeros_like(weights[target]) for target in dict.fromkeys(term.target for term in added)}
+    merge_(updates, added)
+    for target, update in updates.items():
+        weights[target].add_(step_(link.rule, slots, target, update))
 
 
 @dataclass
@@ -51,10 +80,10 @@ class Chain:
     """A model's log with the merged weights of its closed links.
 
     `merged` is the master copy (float32, or float64 for tests of equality). `links` holds the closed links still kept
-    in memory, the newest last; `num_links` counts all that were ever closed. `version` counts the updates, one a
-    round that changed the model. `num_links_before` is `num_links` as it was before the last update: what a client
-    that took part in it already holds. `updates_in_link` counts the updates of the open link.
-    """
+    in memory, the newest last; `num_links` counts all that were ever closed. `version` counts the updates, one a round
+    that changed the model. `num_links_before` is `num_links` as it was before the last update: what a client that took
+    part in it already holds. `updates_in_link` counts the updates of the open link. `slots` are the moments of the
+    server rules of the closed links."""
 
     merged: Weights
     hash: str
@@ -64,6 +93,7 @@ class Chain:
     updates_in_link: int = 0
     links: list[Link] = field(default_factory=list)
     open: Link | None = None
+    slots: Weights = field(default_factory=dict)
     _weights_digest: tuple[str, frozenset[str], str] = ("", frozenset(), "")
 
     @staticmethod
@@ -97,21 +127,27 @@ class Chain:
             )
         self.open, self.updates_in_link = link, 0
 
-    def update(self, terms: Sequence[Term], *, close: bool) -> None:
-        """Replace the open link's terms by `terms`, then merge it for good where `close` says so.
+    def update(self, link: Link, *, close: bool, merged: Link | None = None) -> None:
+        """Replace the open link by `link`, then merge it for good where `close` says so.
 
-        Raises ValueError where no link is open, or where `terms` no longer set a tensor that the open link sets:
+        `merged` is a link that is closed before it, in its place; `link` then moves up by one. Raises ValueError where
+        no link is open, where positions are wrong, or where `link` no longer sets a tensor that the open link sets:
         replicas were sent its newest value only, and could not go back to an older one.
         """
         if self.open is None:
             raise ValueError("no link is open; open one before updating it")
-        forgotten = set_targets([self.open]) - set_targets([Link(self.open.index, tuple(terms))])
+        forgotten = set_targets([self.open]) - set_targets([link])
         if forgotten:
             raise ValueError(f"the open link sets {sorted(forgotten)}; its next terms must set them too")
-        self.open = Link(self.open.index, tuple(terms))
+        self.num_links_before = self.num_links
+        if merged is not None:
+            self.open = merged
+            self.close()
+        if link.index != self.num_links:
+            raise ValueError(f"link {link.index} cannot be open after {self.num_links} closed ones")
+        self.open = link
         self.version += 1
         self.updates_in_link += 1
-        self.num_links_before = self.num_links
         if close:
             self.close()
 
@@ -124,7 +160,7 @@ class Chain:
         if self.open is None:
             raise ValueError("no link is open")
         if merge:
-            merge_(self.merged, self.open.terms)
+            merge_link_(self.merged, self.slots, self.open)
         self.hash = extend_hash(self.hash, digest or self.open.digest)
         self.links.append(self.open)
         self.num_links += 1
@@ -134,7 +170,7 @@ class Chain:
         """Return the weights of this version, the open link included; unchanged tensors are shared, not copied."""
         if self.open is None:
             return dict(self.merged)
-        changed = {term.target for term in self.open.terms if not _is_zero(term)}
+        changed = {term.target for term in self.open.terms if not is_zero(term)}
         result = {name: tensor.clone() if name in changed else tensor for name, tensor in self.merged.items()}
         merge_(result, [term for term in self.open.terms if term.target in changed])
         return result
@@ -151,17 +187,23 @@ class Chain:
             )
         return self.links[len(self.links) - num_missing :]
 
+    def everything(self) -> Weights:
+        """Return the merged weights and the moments of the server rules, as a snapshot names them."""
+        return self.merged | {f"{SLOT}{name}": tensor for name, tensor in self.slots.items()}
+
     def restore(self, snapshot: Mapping[str, Tensor], *, num_links: int, hash: str) -> None:
         """Jump to `num_links` closed links by replacing the tensors that changed since the base."""
-        for name, tensor in snapshot.items():
-            self.merged[name].copy_(tensor)
+        self.take(snapshot)
         self.num_links, self.hash, self.links, self.open = num_links, hash, [], None
+
+    def take(self, snapshot: Mapping[str, Tensor]) -> None:
+        """Replace the tensors, and the moments, that a snapshot holds."""
+        self.slots = {name.removeprefix(SLOT): t.clone() for name, t in snapshot.items() if name.startswith(SLOT)}
+        for name, tensor in snapshot.items():
+            if not name.startswith(SLOT):
+                self.merged[name].copy_(tensor)
         # The same hash may stand for other numbers now: a snapshot is what mends a chain that drifted.
         self._weights_digest = "", frozenset(), ""
-
-
-def _is_zero(term: Term) -> bool:
-    return isinstance(term, LowRank) and (isinstance(term.lora_a, Zero) or isinstance(term.lora_b, Zero))
 
 
 def extend_hash(previous: str, link_digest: str) -> str:
@@ -181,7 +223,7 @@ def drop_superseded(links: Sequence[Link]) -> list[Link]:
     for link in reversed(links):
         terms = tuple(term for term in link.terms if not (isinstance(term, Set) and term.target in seen))
         seen |= set_targets([link])
-        kept.append(Link(link.index, terms))
+        kept.append(replace(link, terms=terms) if len(terms) < len(link.terms) else link)
     return kept[::-1]
 
 

@@ -6,28 +6,40 @@ never taken for a model.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fedraclora import sketch
 from fedraclora.chain import Chain
 from fedraclora.files import read_json, read_tensors, write_json, write_tensors
-from fedraclora.link import Link, describe, restore
+from fedraclora.link import Link, describe, restore, slots
+from fedraclora.payload import Packed
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the index: the link that `version` wrote, the how-manieth update of it that was, and the digest."""
+    """One line of the index: the link that `version` wrote, the how-manieth update of it that was, and the digest.
+
+    `has_merged` says that the version closed another link before it.
+    """
 
     version: int
     link: int
     updates_in_link: int
     is_closed: bool
+    has_merged: bool
     digest: str
+
+    @property
+    def num_closed(self) -> int:
+        """Return how many links the version closed."""
+        return int(self.is_closed) + int(self.has_merged)
 
     @property
     def file(self) -> str:
@@ -53,16 +65,20 @@ class ChainStore:
         """Write the chain's newest version; call it once after each update."""
         is_closed = chain.open is None
         link = chain.links[-1] if chain.open is None else chain.open
-        entry = Entry(chain.version, link.index, chain.updates_in_link, is_closed, chain.digest)
-        tensors = {str(position): tensor for position, tensor in enumerate(link.tensors)}
-        write_tensors(self.folder / entry.file, tensors, {"link": json.dumps(describe(link))})
+        has_merged = chain.num_links - chain.num_links_before > int(is_closed)
+        entry = Entry(chain.version, link.index, chain.updates_in_link, is_closed, has_merged, chain.digest)
+        tensors, metadata = _to_file("link", link)
+        if has_merged:
+            more, texts = _to_file("merged", chain.links[-1 - int(is_closed)])
+            tensors, metadata = tensors | more, metadata | texts
+        write_tensors(self.folder / entry.file, tensors, metadata)
         self._entries = [old for old in self._entries if old.version < entry.version] + [entry]
         self._write_index()
 
     def snapshot(self, chain: Chain) -> None:
         """Write the merged weights of the closed links, so that reading the chain need not replay them."""
-        metadata = {"hash": chain.hash, "weights": sketch.digest_all(chain.merged)}
-        write_tensors(self.folder / _snapshot_file(chain.num_links), chain.merged, metadata)
+        metadata = {"hash": chain.hash, "weights": sketch.digest_all(chain.everything())}
+        write_tensors(self.folder / _snapshot_file(chain.num_links), chain.everything(), metadata)
         self._snapshots = sorted({*self._snapshots, chain.num_links})
         self._write_index()
 
@@ -94,14 +110,14 @@ class ChainStore:
         if wanted not in versions:
             raise ValueError(f"version {wanted} is not in {self.folder}; it holds {versions}")
         self._entries = [entry for entry in self._entries if entry.version <= wanted]
-        num_closed = sum(entry.is_closed for entry in self._entries)
+        num_closed = sum(entry.num_closed for entry in self._entries)
         self._snapshots = [num_links for num_links in self._snapshots if num_links <= num_closed]
         chain = self._replay()
         chain.version = wanted
         if self._entries:
             newest = self._entries[-1]
             chain.updates_in_link = newest.updates_in_link
-            chain.num_links_before = chain.num_links - int(newest.is_closed)
+            chain.num_links_before = chain.num_links - newest.num_closed
         return chain
 
     def _replay(self) -> Chain:
@@ -109,21 +125,26 @@ class ChainStore:
         chain, num_merged = self._base(), max(self._snapshots, default=0)
         last = {entry.link: entry for entry in self._entries}
         for entry in last.values():
-            self._replay_version_(chain, entry, merge=entry.link >= num_merged)
-            if entry.is_closed and chain.num_links == num_merged:
-                self._take_snapshot(chain)
+            self._replay_version_(chain, entry, num_merged)
         return chain
 
-    def _replay_version_(self, chain: Chain, entry: Entry, *, merge: bool) -> None:
+    def _replay_version_(self, chain: Chain, entry: Entry, num_merged: int) -> None:
+        """Add a version's links; the first `num_merged` are not merged, because a snapshot of them follows."""
         path = self.folder / entry.file
         try:
-            chain.open_link(self._read_link(entry))
-            if entry.is_closed:
-                chain.close(merge=merge)
+            tensors, metadata = read_tensors(path)
+            # What an earlier version left open stands in this one as it was, or was replaced.
+            chain.open = None
+            for name in ("merged", "link") if entry.has_merged else ("link",):
+                chain.open_link(_from_file(name, tensors, metadata))
+                if name == "merged" or entry.is_closed:
+                    chain.close(merge=chain.num_links >= num_merged)
         except Exception as error:  # a damaged description may fail in any way; the cause is shown and kept
             raise ValueError(f"{path} is damaged: {error!r}") from error
         if chain.digest != entry.digest:
             raise ValueError(f"{path} is damaged: version {entry.version} has another digest")
+        if entry.num_closed and chain.num_links == num_merged:
+            self._take_snapshot(chain)
 
     def _base(self) -> Chain:
         base, metadata = read_tensors(self.folder / "base.safetensors")
@@ -139,12 +160,7 @@ class ChainStore:
         tensors, metadata = read_tensors(path)
         if metadata.get("hash") != chain.hash or metadata.get("weights") != sketch.digest_all(tensors):
             raise ValueError(f"{path} is damaged or of another chain: its digest differs; delete it from the index")
-        chain.merged = tensors
-
-    def _read_link(self, entry: Entry) -> Link:
-        tensors, metadata = read_tensors(self.folder / entry.file)
-        ordered: list[Tensor] = [tensors[str(position)] for position in range(len(tensors))]
-        return restore(json.loads(metadata["link"]), ordered)
+        chain.take(tensors)
 
     def _read_index(self) -> None:
         path = self.folder / "index.json"
@@ -164,3 +180,26 @@ class ChainStore:
 
 def _snapshot_file(num_links: int) -> str:
     return f"snapshot_{num_links:06d}.safetensors"
+
+
+def _to_file(name: str, link: Link) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a link as the tensors and the texts of a file: its numbers, and what was sent of those that were
+    packed."""
+    tensors = {f"{name}.{position}": tensor for position, tensor in enumerate(link.tensors)}
+    packed = []
+    for position, (key, item) in enumerate(link.packed.items()):
+        packed.append([key, item.codec, item.seed, list(item.arrays)])
+        # A copy: arrays that came from elsewhere may be read-only.
+        tensors |= {f"{name}.packed.{position}.{array}": torch.from_numpy(v.copy()) for array, v in item.arrays.items()}
+    return tensors, {name: json.dumps(describe(link)), f"{name}.packed": json.dumps(packed)}
+
+
+def _from_file(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Link:
+    packed = {}
+    for position, (key, codec, seed, arrays) in enumerate(json.loads(metadata[f"{name}.packed"])):
+        packed[key] = Packed(
+            codec, seed, {array: tensors[f"{name}.packed.{position}.{array}"].numpy() for array in arrays}
+        )
+    description = json.loads(metadata[name])
+    numbers = [tensors[f"{name}.{position}"] for position in range(len(slots(description)))]
+    return replace(restore(description, numbers), packed=packed)

@@ -7,7 +7,7 @@ Both halves of the project use this file, so they cannot disagree about the orde
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,26 @@ from torch import Tensor
 from fedraclora import link as links
 from fedraclora import sketch
 from fedraclora.chain import Chain, drop_superseded, extend_hash, set_targets
-from fedraclora.link import Json, Link
-from fedraclora.payload import FlatArray, Shape, flatten, unflatten
+from fedraclora.compressors import Arrays
+from fedraclora.link import Link
+from fedraclora.payload import Shape
+from fedraclora.travel import (
+    CONTROL,
+    KEPT,
+    SNAPSHOT,
+    Kept,
+    NotKept,
+    Parcel,
+    Unloading,
+    packed_kinds,
+    plain_shapes,
+    repeats,
+    repeats_within,
+    unload,
+)
 
 CATCH_UPS = ("cheapest", "replay", "snapshot")
-UPDATE, DENSE, CATCH_UP, SNAPSHOT, CONTROL = "update", "dense", "catch_up", "snapshot", "control"
+NOTHING = -1
 
 
 @dataclass(frozen=True)
@@ -29,13 +44,15 @@ class Needs:
 
     `num_held` counts its closed links. `snapshot` says that replaying links would not do, because its merged weights
     drifted; `base` that it has not even the base, so that the snapshot must hold every tensor; `factors` that it draws
-    other bits than its server and must be sent them.
+    other bits than its server and must be sent them. `open_version` is the version whose open link it still has, or
+    NOTHING.
     """
 
     num_held: int = 0
     snapshot: bool = False
     base: bool = False
     factors: bool = False
+    open_version: int = NOTHING
 
 
 class VersionMismatch(ValueError):
@@ -52,15 +69,26 @@ class VersionMismatch(ValueError):
 
 @dataclass(frozen=True)
 class Delivery:
-    """A header of plain values as JSON, and one flat array a kind."""
+    """A header of plain values as JSON, and arrays by kind: `flat` for plain numbers, encoded ones by their type."""
 
     header: str
-    arrays: Mapping[str, FlatArray]
+    arrays: Mapping[str, Arrays]
 
     @property
     def num_bytes(self) -> int:
         """Return the bytes of the arrays."""
-        return sum(array.nbytes for array in self.arrays.values())
+        return sum(array.nbytes for group in self.arrays.values() for array in group.values())
+
+
+@dataclass(frozen=True)
+class OpenLink:
+    """The open link as one client is to have it, and the version since which each of its explicit tensors has stood.
+
+    `since` is by the names of `Link.named_tensors`; what is not in it is new.
+    """
+
+    link: Link
+    since: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -74,49 +102,50 @@ class NewLink:
 
 @dataclass(frozen=True)
 class Received:
-    """What a delivery brought that the replica lacked: closed links, after a snapshot where there was one."""
+    """What a delivery brought that the replica lacked: closed links, after a snapshot where there was one.
+
+    `version` is that of the chain that the delivery comes from.
+    """
 
     links: tuple[NewLink, ...]
     is_snapshot: bool
+    version: int = 0
 
 
 # ---- the sender
 
 
-def deliver(chain: Chain, needs: Needs, *, policy: str = "cheapest", with_open: bool = True) -> Delivery:
+def deliver(chain: Chain, needs: Needs, *, policy: str = "cheapest", opened: OpenLink | None = None) -> Delivery:
     """Return what a replica lacks: the missed links (`replay`), a `snapshot`, or whichever is fewer bytes (`cheapest`).
 
-    The policy is for those who missed more than the last update. Without the open link the delivery serves a client
-    that does not train now.
+    The policy is for those who missed more than the last update. `opened` is the open link, as far as the replica is to
+    have it; without it the delivery serves a client that does not train now.
     """
     if needs.snapshot or needs.base:
-        return _snapshot(chain, needs, with_open=with_open)
+        return _snapshot(chain, needs, opened)
     if policy == "replay" or needs.num_held >= chain.num_links_before:
-        return _replay(chain, needs, with_open=with_open)
-    snapshot = _snapshot(chain, needs, with_open=with_open)
+        return _replay(chain, needs, opened)
+    snapshot = _snapshot(chain, needs, opened)
     if policy == "snapshot":
         return snapshot
-    replay = _replay(chain, needs, with_open=with_open)
+    replay = _replay(chain, needs, opened)
     return snapshot if snapshot.num_bytes < replay.num_bytes else replay
 
 
-def _open_links(chain: Chain, *, with_open: bool) -> list[Link]:
-    return [chain.open] if with_open and chain.open is not None else []
+def _replay(chain: Chain, needs: Needs, opened: OpenLink | None) -> Delivery:
+    missing = chain.missing_links(needs.num_held)
+    last = [] if opened is None else [opened.link]
+    kept = drop_superseded([*missing, *last])[: len(missing)]
+    return _pack(chain, needs, {}, list(zip(missing, kept, strict=True)), opened)
 
 
-def _replay(chain: Chain, needs: Needs, *, with_open: bool) -> Delivery:
-    missing, opened = chain.missing_links(needs.num_held), _open_links(chain, with_open=with_open)
-    kept = drop_superseded([*missing, *opened])[: len(missing)]
-    described = [[link.digest, sent.digest, links.describe(sent)] for link, sent in zip(missing, kept, strict=True)]
-    header = {"links": described, "explicit": needs.factors}
-    return _pack(chain, header, [*kept, *opened], with_open=with_open)
-
-
-def _snapshot(chain: Chain, needs: Needs, *, with_open: bool) -> Delivery:
-    opened = _open_links(chain, with_open=with_open)
-    changed = chain.merged if needs.base else {term.target for link in chain.links for term in link.terms}
+def _snapshot(chain: Chain, needs: Needs, opened: OpenLink | None) -> Delivery:
+    everything = chain.everything()
+    changed = set(everything) if needs.base else {term.target for link in chain.links for term in link.terms}
+    changed |= everything.keys() - chain.merged.keys()
     # What the open link sets comes with it.
-    tensors = {name: chain.merged[name] for name in sorted(changed) if name not in set_targets(opened)}
+    replaced = set_targets([] if opened is None else [opened.link])
+    tensors = {name: everything[name] for name in sorted(changed) if name not in replaced}
     described = {
         "num_links": chain.num_links,
         "hash": chain.hash,
@@ -124,40 +153,54 @@ def _snapshot(chain: Chain, needs: Needs, *, with_open: bool) -> Delivery:
         "tensors": [[name, list(tensor.shape)] for name, tensor in tensors.items()],
         "forced": needs.snapshot or needs.base,
     }
-    header = {"links": [], "explicit": needs.factors, "snapshot": described}
-    return _pack(chain, header, opened, with_open=with_open, snapshot=list(tensors.values()))
+    return _pack(chain, needs, {"snapshot": described}, [], opened, snapshot=list(tensors.values()))
 
 
-def _pack(
-    chain: Chain, header: dict[str, Any], sent: Sequence[Link], *, with_open: bool, snapshot: Sequence[Tensor] = ()
+def _pack(  # noqa: PLR0913 - the two halves of a delivery and what they share
+    chain: Chain,
+    needs: Needs,
+    header: dict[str, Any],
+    closed: Sequence[tuple[Link, Link]],
+    opened: OpenLink | None,
+    *,
+    snapshot: Sequence[Tensor] = (),
 ) -> Delivery:
-    header["current"] = chain.num_links_before
-    waiting: dict[str, list[Tensor]] = {SNAPSHOT: list(snapshot)}
-    for link in sent:
-        tensors = iter(link.tensors)
-        for kind, _ in _slots(links.describe(link), header["current"]):
-            waiting.setdefault(kind, []).append(next(tensors))
-        if header["explicit"]:
-            waiting.setdefault(CONTROL, []).extend(link.drawn_factors.values())
-    opened = chain.open if with_open else None
+    """Return a delivery of closed links (each whole and as it is sent), a snapshot's tensors and the open link."""
+    current, parcel, link = chain.num_links_before, Parcel(), None if opened is None else opened.link
+    parcel.add(SNAPSHOT, snapshot)
+    # The open link comes first: closed ones may refer to its factors.
+    open_row = None
+    if opened is not None:
+        kept = {name: [KEPT] for name in opened.link.explicit_factors if _is_kept(name, opened, needs)}
+        known = repeats_within(opened.link) | kept
+        open_row = [links.describe(opened.link), parcel.add_link(opened.link, current, known=known)]
+        _add_drawn(parcel, opened.link, needs)
+    rows = []
+    for whole, sent in closed:
+        ways = parcel.add_link(sent, current, known=repeats(sent, link))
+        rows.append([whole.digest, sent.digest, links.describe(sent), ways])
+        _add_drawn(parcel, sent, needs)
     header |= {
-        "open": None if opened is None else links.describe(opened),
-        "digest": extend_hash(chain.hash, "" if opened is None else opened.digest),
-        "sketches": sketch_digest(opened),
+        "links": rows,
+        "explicit": needs.factors,
+        "current": current,
+        "version": chain.version,
+        "open": open_row,
+        "digest": extend_hash(chain.hash, "" if link is None else link.digest),
+        "sketches": sketch_digest(link),
         # Without the open link the tensors that it sets may be old at the replica, so there is nothing to compare.
-        "weights": chain.weights_digest() if with_open else "",
+        "weights": "" if link is None else chain.weights_digest(),
     }
-    arrays = {kind: flatten(tensors) for kind, tensors in waiting.items() if tensors}
-    return Delivery(json.dumps(header, separators=(",", ":")), arrays)
+    return Delivery(json.dumps(header, separators=(",", ":")), parcel.arrays())
 
 
-def _slots(description: Json, current: int) -> Iterator[tuple[str, Shape]]:
-    """Yield the kind and shape of each explicit tensor of a described link, in order."""
-    index, terms = description
-    for term in terms:
-        kind = CATCH_UP if index < current else UPDATE if term[0] == "low_rank" else DENSE
-        for shape in links.shapes([index, [term]]):
-            yield kind, shape
+def _add_drawn(parcel: Parcel, link: Link, needs: Needs) -> None:
+    if needs.factors:
+        parcel.add(CONTROL, list(link.drawn_factors.values()))
+
+
+def _is_kept(name: str, opened: OpenLink, needs: Needs) -> bool:
+    return needs.open_version != NOTHING and opened.since.get(name, needs.open_version + 1) <= needs.open_version
 
 
 def sketch_digest(link: Link | None) -> str:
@@ -183,15 +226,15 @@ class _Contents:
         return self.header.get("snapshot") or {}
 
 
-def receive(replica: Chain, delivery: Delivery) -> Received:
+def receive(replica: Chain, delivery: Delivery, *, kept: Kept | None = None) -> Received:
     """Bring `replica` to the version of a delivery, and return what was new; links that it holds are skipped.
 
-    A replica of -1 links has no base, and takes a snapshot of everything only. Raises VersionMismatch where links are
-    missing in between, a link is not what its digest says, this machine draws other factors, or the digest at the end
-    differs from the sender's; the replica is then as it was, but for its open link. Raises it, too, where the merged
-    numbers differ from the sender's; the replica is then spoilt.
-    """
-    contents = _keep_drawn(_unpack(delivery, replica.num_links), replica.open)
+    `kept` are the tensors of earlier open links that are still here. A replica of -1 links has no base, and takes a
+    snapshot of everything only. Raises VersionMismatch where links are missing in between, a link is not what its
+    digest says, this machine draws other factors, or the digest at the end differs from the sender's; the replica is
+    then as it was, but for its open link. Raises it, too, where the merged numbers differ from the sender's; the
+    replica is then spoilt."""
+    contents = _keep_drawn(_unpack(delivery, replica.num_links, kept or {}), replica.open)
     replica.open = None
     is_snapshot = _takes_snapshot(replica, contents)
     num_links, hash = replica.num_links, replica.hash
@@ -209,7 +252,7 @@ def receive(replica: Chain, delivery: Delivery) -> Received:
     replica.links.clear()
     replica.open = contents.opened
     _check_after(replica, contents)
-    return Received(tuple(new), is_snapshot)
+    return Received(tuple(new), is_snapshot, contents.header["version"])
 
 
 def _takes_snapshot(replica: Chain, contents: _Contents) -> bool:
@@ -265,38 +308,48 @@ def _check_after(replica: Chain, contents: _Contents) -> None:
         raise VersionMismatch(reason, Needs(snapshot=True))
 
 
-def _unpack(delivery: Delivery, num_held: int) -> _Contents:
+def _unpack(delivery: Delivery, num_held: int, kept: Kept) -> _Contents:
     header = json.loads(delivery.header)
-    shapes = _shapes(header)
-    missing = sorted(shapes.keys() - delivery.arrays.keys())
+    shapes, kinds = _shapes(header)
+    missing = sorted(
+        {kind for kind in shapes if "flat" not in delivery.arrays.get(kind, {})} | (kinds - delivery.arrays.keys())
+    )
     if missing:
         reason = f"a delivery lacks its arrays {missing}; it holds {sorted(delivery.arrays)}"
         raise VersionMismatch(reason, Needs(num_held))
-    tensors = {kind: unflatten(delivery.arrays[kind], wanted) for kind, wanted in shapes.items()}
-
-    def restore(description: Json) -> Link:
-        link = links.restore(description, [tensors[kind].pop(0) for kind, _ in _slots(description, header["current"])])
-        return link.with_given([tensors[CONTROL].pop(0) for _ in link.drawn]) if header["explicit"] else link
-
+    unloading, current = unload(shapes, delivery.arrays, kept), header["current"]
+    try:
+        opened = None
+        if header["open"] is not None:
+            description, ways = header["open"]
+            opened = _given(unloading.take_link(description, ways, current), header, unloading)
+        closed = [
+            (whole, sent, _given(unloading.take_link(description, ways, current, opened=opened), header, unloading))
+            for whole, sent, description, ways in header["links"]
+        ]
+    except NotKept as error:
+        raise VersionMismatch(str(error), Needs(num_held)) from error
     names = [name for name, _ in header["snapshot"]["tensors"]] if "snapshot" in header else []
-    return _Contents(
-        header=header,
-        closed=[(whole, sent, restore(description)) for whole, sent, description in header["links"]],
-        opened=None if header["open"] is None else restore(header["open"]),
-        snapshot=dict(zip(names, tensors.get(SNAPSHOT, []), strict=True)),
-    )
+    snapshot = dict(zip(names, unloading.plain.get(SNAPSHOT, []), strict=True))
+    return _Contents(header=header, closed=closed, opened=opened, snapshot=snapshot)
 
 
-def _shapes(header: dict[str, Any]) -> dict[str, list[Shape]]:
-    """Return the shapes of the arrays that a header announces, by kind."""
-    described = [row[-1] for row in header["links"]] + ([] if header["open"] is None else [header["open"]])
+def _given(link: Link, header: dict[str, Any], unloading: Unloading) -> Link:
+    return link.with_given(unloading.take(CONTROL, len(link.drawn))) if header["explicit"] else link
+
+
+def _shapes(header: dict[str, Any]) -> tuple[dict[str, list[Shape]], set[str]]:
+    """Return the shapes of the plain tensors that a header announces, by kind, and the kinds of encoded ones."""
+    rows = [] if header["open"] is None else [tuple(header["open"])]
+    rows += [(description, ways) for *_, description, ways in header["links"]]
     shapes: dict[str, list[Shape]] = {}
-    for description in described:
-        for kind, shape in _slots(description, header["current"]):
+    kinds: set[str] = set()
+    for description, ways in rows:
+        kinds |= packed_kinds(description, ways, header["current"])
+        for kind, shape in plain_shapes(description, ways, header["current"]):
             shapes.setdefault(kind, []).append(shape)
         if header["explicit"]:
-            drawn = [links.shape_of(key) for key in links.drawn_keys(description)]
-            shapes.setdefault(CONTROL, []).extend(drawn)
+            shapes.setdefault(CONTROL, []).extend(links.drawn_shapes(description))
     if "snapshot" in header and header["snapshot"]["tensors"]:
         shapes[SNAPSHOT] = [tuple(shape) for _, shape in header["snapshot"]["tensors"]]
-    return {kind: wanted for kind, wanted in shapes.items() if wanted}
+    return {kind: wanted for kind, wanted in shapes.items() if wanted}, kinds

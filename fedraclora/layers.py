@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedraclora.link import FACTORS
+
 
 class CohortLayer(nn.Module):
     """What every cohort layer holds: shared tensors, and the tensors of the current cohort.
 
-    `lora_a` is `[rank, in]` where shared and `[clients, rank, in]` where trained, `lora_b` likewise `[out, rank]` or
-    `[clients, out, rank]`; `own_weight` and `own_bias` carry a leading client axis. All are None until bound.
+    `lora_a` is `[rank, in]` where shared and `[clients, rank, in]` where each client has its own, `lora_b` likewise
+    `[out, rank]` or `[clients, out, rank]`, and `core` between them, where there is one, `[rank, rank]` or `[clients,
+    rank, rank]`; `own_weight` and `own_bias` carry a leading client axis. All are None until bound.
     """
 
     weight: Tensor | None
@@ -40,6 +43,7 @@ class CohortLayer(nn.Module):
         """Forget the cohort's tensors, so that the layer computes what the original did."""
         self.lora_a: Tensor | None = None
         self.lora_b: Tensor | None = None
+        self.core: Tensor | None = None
         self.own_weight: Tensor | None = None
         self.own_bias: Tensor | None = None
 
@@ -87,6 +91,8 @@ class CohortLinear(CohortMatrix):
             hidden = self.by_client(F.linear(x, lora_a))
         else:
             hidden = torch.bmm(self.by_client(x), lora_a.transpose(1, 2))
+        if self.core is not None:
+            hidden = hidden @ self.core.transpose(-2, -1)
         if lora_b.ndim == 2:
             rows = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.flatten(0, 1), lora_b.t(), alpha=self.scale)
         else:
@@ -135,6 +141,8 @@ class CohortConv2d(CohortMatrix):
         else:
             hidden = self._per_client(x, lora_a.unflatten(2, kernel), 1)
         pixels = hidden.flatten(2).unflatten(0, (self.num_clients, -1))
+        if self.core is not None:
+            pixels = (self.core if self.core.ndim == 2 else self.core.unsqueeze(1)) @ pixels
         mixed: Tensor = (lora_b if lora_b.ndim == 2 else lora_b.unsqueeze(1)) @ pixels
         return y + self.scale * mixed.flatten(0, 1).view_as(y)
 
@@ -213,7 +221,7 @@ class CohortModel:
     """A copy of a model whose trained layers serve a whole cohort; the rest of its forward pass is the user's own.
 
     `low_rank` names layers, `dense` names parameters. Tensors are bound by key: `fc1.lora_a`, `fc1.lora_b` for factors
-    and the parameter's own name for what is trained in full.
+    (`fc1.core` between them) and the parameter's own name for what is trained in full.
     """
 
     def __init__(self, model: nn.Module, *, low_rank: Sequence[str], dense: Sequence[str]) -> None:
@@ -245,7 +253,7 @@ class CohortModel:
             layer.num_clients = num_clients
         for key, tensor in tensors.items():
             owner, _, attribute = key.rpartition(".")
-            setattr(self._layers[owner], attribute if attribute.startswith("lora_") else f"own_{attribute}", tensor)
+            setattr(self._layers[owner], attribute if attribute in FACTORS else f"own_{attribute}", tensor)
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
         """Set `scale = alpha / rank` of each named layer."""

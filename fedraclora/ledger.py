@@ -6,7 +6,7 @@ from dataclasses import dataclass
 MIB = 2**20
 
 UP, DOWN = "up", "down"
-KINDS = ("setup", "update", "dense", "catch_up", "snapshot", "evaluate", "metrics", "control")
+KINDS = ("setup", "update", "dense", "catch_up", "snapshot", "evaluate", "metrics", "control", "variates")
 CATCH_UP_KINDS = ("catch_up", "snapshot")
 
 

@@ -5,7 +5,7 @@ They are written out because a stock optimiser would also move the clients that 
 one common norm.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,8 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 CLIP_EPSILON = 1e-6
 
+Keep = Callable[[str, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -26,17 +28,39 @@ class Moments:
     num_steps: int = 0
 
 
+@dataclass(frozen=True)
+class Member:
+    """What one client brings to its cohort.
+
+    `moments` to go on from, `own` tensors in place of the shared ones that training starts from, `lr_scale` on the
+    learning rate, and by key a `correction` that is added to each of its gradients.
+    """
+
+    moments: Moments | None = None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    lr_scale: float = 1.0
+    correction: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class CohortOptimizer:
     """Moves the stacked tensors of a chunk; `values` maps keys to `[clients, ...]`."""
 
-    def __init__(self, config: LocalConfig, start: Mapping[str, Tensor], moments: Sequence[Moments | None]) -> None:
-        clients = len(moments)
+    def __init__(self, config: LocalConfig, start: Mapping[str, Tensor], members: Sequence[Member]) -> None:
+        moments = [member.moments for member in members]
         self.config = config
-        self.start = start
-        self.values = {key: _stack_copies(tensor, clients) for key, tensor in start.items()}
+        self.values = {
+            key: _stack(tensor, [member.own.get(key) for member in members]) for key, tensor in start.items()
+        }
+        self._start = {key: values.clone() for key, values in self.values.items()} if config.proximal > 0 else {}
         self._first = self._stack(moments) if self._has_first_moment else {}
         self._second = {key: torch.zeros_like(t) for key, t in self.values.items()} if self._is_adam else {}
         self._earlier_steps = torch.tensor([0 if item is None else item.num_steps for item in moments])
+        self._corrections = {
+            key: torch.stack([member.correction.get(key, torch.zeros_like(start[key])) for member in members])
+            for key in dict.fromkeys(key for member in members for key in member.correction)
+        }
+        scales = [member.lr_scale for member in members]
+        self._lr_scales = None if all(scale == 1 for scale in scales) else torch.tensor(scales)
         self._num_steps = 0
         self._leaves: dict[str, Tensor] = {}
 
@@ -66,28 +90,42 @@ class CohortOptimizer:
         return Moments(tensors, int(self._earlier_steps[client]) + num_steps if tensors else 0)
 
     @torch.no_grad()
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """Take one step on the live clients, given the gradients of the live leaves in their order."""
+    def step(self, gradients: Mapping[str, Tensor], keep: Keep | None = None) -> None:
+        """Take one step on the live clients, given the gradients of the live leaves by key.
+
+        `keep` has the last word on what may move: it zeroes the rest of a gradient.
+        """
         self._num_steps += 1
-        if self.config.proximal > 0:
-            gradients = [
-                gradient + self.config.proximal * (leaf - self.start[key])
-                for gradient, (key, leaf) in zip(gradients, self._leaves.items(), strict=True)
-            ]
+        final = {key: self._corrected(key, gradients[key], leaf) for key, leaf in self._leaves.items()}
+        if keep is not None:
+            final = {key: keep(key, gradient) for key, gradient in final.items()}
         if self.config.clip_norm > 0:
-            gradients = clip_by_client(gradients, self.config.clip_norm)
-        for gradient, (key, leaf) in zip(gradients, self._leaves.items(), strict=True):
+            final = dict(zip(final, clip_by_client(list(final.values()), self.config.clip_norm), strict=True))
+        for key, leaf in self._leaves.items():
             if self._is_adam:
-                self._adamw_(key, leaf, gradient)
+                self._adamw_(key, leaf, final[key])
             else:
-                self._sgd_(key, leaf, gradient)
+                self._sgd_(key, leaf, final[key])
+
+    def _corrected(self, key: str, gradient: Tensor, leaf: Tensor) -> Tensor:
+        if key in self._corrections:
+            gradient = gradient + self._corrections[key][: len(leaf)]
+        if self.config.proximal > 0:
+            gradient = gradient + self.config.proximal * (leaf - self._start[key][: len(leaf)])
+        return gradient
+
+    def _scaled(self, step: Tensor) -> Tensor:
+        """Return a step with each client's own factor on the learning rate."""
+        if self._lr_scales is None:
+            return step
+        return step * self._lr_scales[: len(step)].to(step).view(-1, *[1] * (step.ndim - 1))
 
     def _sgd_(self, key: str, leaf: Tensor, gradient: Tensor) -> None:
         if self.config.weight_decay > 0:
             gradient = gradient + self.config.weight_decay * leaf
         if self.config.momentum > 0:
             gradient = self._first[key][: len(leaf)].mul_(self.config.momentum).add_(gradient)
-        leaf.add_(gradient, alpha=-self.config.lr)
+        leaf.add_(self._scaled(gradient), alpha=-self.config.lr)
 
     def _adamw_(self, key: str, leaf: Tensor, gradient: Tensor) -> None:
         beta1, beta2 = BETAS
@@ -98,8 +136,18 @@ class CohortOptimizer:
         gathered = (self._earlier_steps[: len(leaf)] + self._num_steps).to(leaf)
         step_size = (self.config.lr / (1 - beta1**gathered)).view(-1, *[1] * (leaf.ndim - 1))
         spread = second.sqrt().div_((1 - beta2**self._num_steps) ** 0.5).add_(EPSILON)
-        leaf.mul_(1 - self.config.lr * self.config.weight_decay)
-        leaf.sub_(step_size * first / spread)
+        if self.config.weight_decay > 0:
+            leaf.sub_(self._scaled(leaf * (self.config.lr * self.config.weight_decay)))
+        leaf.sub_(self._scaled(step_size * first / spread))
+
+
+def _stack(tensor: Tensor, own: Sequence[Tensor | None]) -> Tensor:
+    """Return each client's own tensor, or else a copy of `tensor`, as `[clients, ...]`."""
+    stacked = _stack_copies(tensor, len(own))
+    for row, value in enumerate(own):
+        if value is not None:
+            stacked[row] = value
+    return stacked
 
 
 def _stack_copies(tensor: Tensor, clients: int) -> Tensor:

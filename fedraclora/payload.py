@@ -1,20 +1,31 @@
-"""Tensors as one flat array a message kind, and back.
+"""Tensors as one flat array a message kind, and back; and what a compressor made of one tensor.
 
 Every tensor of a record costs Flower about 650 bytes of headers, so a message carries one flat array per kind; the
 shapes are known to the receiver from the plan and the links. Nothing here is encoded: a compressor comes before, not
 inside.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-FlatArray = npt.NDArray[np.floating]
+FlatArray = npt.NDArray[Any]
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One tensor as a compressor encoded it: the compressor (as text), the seed it was given, and the arrays."""
+
+    codec: str
+    seed: int
+    arrays: Mapping[str, FlatArray]
 
 
 def flatten(tensors: Sequence[Tensor]) -> FlatArray:

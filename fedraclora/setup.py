@@ -11,14 +11,15 @@ from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedraclora.data import Dataset, Split, holdout
+from fedraclora.data import Dataset, Examples, IndexArray, Split, choose_stratified, holdout
 from fedraclora.finished import ModelCard
 from fedraclora.partitions import make_split
 from fedraclora.plugins import find
-from fedraclora.seeding import derive_seed
+from fedraclora.seeding import derive_seed, generator
 
 DATASETS, PARTITIONS = "fedraclora.datasets", "fedraclora.partitions"
 
@@ -41,7 +42,8 @@ class Setup:
     """The model (`base` is the digest of its initial weights), the data, and how a machine computes.
 
     `validation` is the share of the training examples that nobody trains on, 0 where the server evaluates on a test
-    set of its own. `num_clients` partitions are made of the data set where a machine has no data of its own.
+    set of its own. `num_clients` partitions are made of the data set where a machine has no data of its own. Each client
+    holds out the share `personal` of its examples to score its own model on, drawn from `personal_seed`.
     """
 
     base: str
@@ -56,6 +58,8 @@ class Setup:
     threads: int
     chunk_bytes: int
     chunk_clients: int
+    personal: float = 0.0
+    personal_seed: int = 0
 
     def to_json(self) -> str:
         """Return the setup as text."""
@@ -95,6 +99,28 @@ def split_dataset(plugin: Plugin, dataset: Dataset, *, num_clients: int) -> Spli
     """Return the split of the training examples over the clients."""
     module = find(PARTITIONS, plugin.name)
     return make_split(module, plugin.settings(), dataset=dataset, num_clients=num_clients, seed=plugin.seed)
+
+
+def hold_out_own(
+    examples: Examples, partitions: Mapping[int, IndexArray], setup: Setup
+) -> tuple[dict[int, IndexArray], dict[int, IndexArray]]:
+    """Return the rows that each partition trains on, and those on which it scores its own model.
+
+    Each class loses its share where labels are classes; a client too small to spare an example holds out none.
+    """
+    if not setup.personal:
+        return dict(partitions), {}
+    trained, held_out = {}, {}
+    for partition, rows in partitions.items():
+        order = generator(derive_seed(setup.personal_seed, "client", partition)).permutation(len(rows))
+        is_classes = not examples.targets.is_floating_point()
+        labels = examples.targets[torch.from_numpy(rows)].cpu().numpy() if is_classes else np.zeros(len(rows), np.int64)
+        try:
+            chosen = choose_stratified(labels, fraction=setup.personal, order=order)
+        except ValueError:
+            chosen = order[:0]
+        trained[partition], held_out[partition] = np.delete(rows, chosen), rows[chosen]
+    return trained, held_out
 
 
 def base_weights(model: nn.Module) -> Mapping[str, Tensor]:

@@ -57,7 +57,8 @@ class SketchKey:
     `seed` is the run's sketch-stream seed. `side` is the factor that is trained: with "b" the drawn factor is lora_a
     and `dim` the layer's inputs; with "a" it is lora_b and `dim` the outputs; with "ab", where both are trained, the
     draw is a start for lora_a. Raises ValueError for an unknown law or side, a negative link, or a rank that is
-    not in [1, dim].
+    not in [1, dim]. `rows` keeps only that many of the draw's first rows (columns for side a), for a client of a
+    smaller rank; 0 keeps all.
     """
 
     law: str
@@ -67,6 +68,7 @@ class SketchKey:
     side: str
     rank: int
     dim: int
+    rows: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a key that names no sketch."""
@@ -80,6 +82,15 @@ class SketchKey:
             raise ValueError(f"rank {self.rank} of layer {self.layer!r} is too small; it is at least 1")
         if self.rank > self.dim:
             raise ValueError(self._rank_message())
+        if not 0 <= self.rows <= self.rank:
+            raise ValueError(f"rows {self.rows} of layer {self.layer!r} must lie between 0 and its rank {self.rank}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the shape of the factor: `[rank, dim]`, or `[dim, rank]` for side a; `rows` counts in place of
+        rank."""
+        rank = self.rows or self.rank
+        return (self.dim, rank) if self.side == "a" else (rank, self.dim)
 
     def _rank_message(self) -> str:
         axis = _DRAWN_AXIS[self.side]
@@ -96,7 +107,7 @@ def draw(key: SketchKey) -> Tensor:
     The draw of side a is the transpose of a [rank, dim] draw A, so that A A^T is the rank x rank matrix for each side.
     Raises RuntimeError when this machine makes other normal quantiles than the one the laws are defined by.
     """
-    rows = _LAW_ROWS[key.law](key)
+    rows = _LAW_ROWS[key.law](key)[: key.rows or None]
     return torch.from_numpy(np.ascontiguousarray(rows.T if key.side == "a" else rows))
 
 

@@ -7,24 +7,39 @@ strategy works with any Grid.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import mean
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedraclora.chain import Chain
-from fedraclora.delivery import Needs
+from fedraclora.delivery import NOTHING, Needs
 from fedraclora.ledger import DOWN, UP, LedgerRow, bytes_by_partition
-from fedraclora.plan import NO_STATE, RoundPlan
+from fedraclora.link import Link
+from fedraclora.plan import NO_SEED, NO_STATE, RoundPlan
+from fedraclora.privacy import next_clip, noise_generator, noisy_share
 from fedraclora.seeding import derive_seed, stream
-from strategies.asking import Asked, content_of, expect
+from strategies.asking import Asked, Contents, Own, view_for
 from strategies.exchange import exchange
+from strategies.memory import VARIATES
+from strategies.merging import (
+    Finish,
+    aggregation_gap,
+    combine,
+    estimate_reply,
+    private_mean,
+    update_variates,
+    values_of,
+    widen,
+)
 from strategies.method import ClientUpdate, Method, Updates
 from strategies.replies import BadReply, Reply, read_held, read_needs, read_reply
 from strategies.roster import Roster
-from strategies.rounds import NOBODY, QUERY_LINKS, RoundReport, RoundSettings, ledger_rows, sample_cohort
+from strategies.rounds import NOBODY, QUERY_LINKS, RoundReport, RoundSettings, flip_coin, ledger_rows, sample_cohort
 from strategies.state import BudgetTooSmall, ServerState, exceeded
 from strategies.wire import content_bytes
 
@@ -116,51 +131,78 @@ class ChainStrategy(Strategy):
         chain is the model. Sets `stop_reason` where the budget forbids the round.
         """
         if self.chain.open is None:
-            self.chain.open_link(self.method.open_link(self.chain.num_links))
-        cohort = sample_cohort(self.settings.seed, server_round, self.settings)
-        plan = self._plan(server_round)
-        self._asked = Asked(plan, expect(self.chain, plan, max_norm=self.settings.max_norm))
+            self.chain.open_link(self.method.open_link(self.chain.num_links, self.chain.merged))
+        cohort = self._cohort(server_round)
+        self._asked = self._ask(self._plan(server_round), cohort)
         messages = self._train_messages(cohort) + self._broadcast(cohort)
         down = bytes_by_partition(self._now.rows)
-        up = dict.fromkeys(self._now.sent, self._now.expected.num_bytes)
+        up = {partition: self._now.expected(partition).num_bytes for partition in sorted(self._now.sent)}
         self.stop_reason = exceeded(self.settings.budget, self.state, down, up)
         self.report = RoundReport(round=server_round, link=self.chain.num_links, num_clients=len(cohort))
         return messages
 
+    def _cohort(self, round: int) -> list[int]:
+        settings = self.settings
+        # Privacy counts on nobody knowing who was asked, and the root seed travels with a deployed run's settings.
+        is_secret = settings.is_deployed and settings.privacy is not None
+        return sample_cohort(self.state.secret if is_secret else settings.seed, round, settings)
+
+    def _ask(self, plan: RoundPlan, cohort: Sequence[int]) -> Asked:
+        ranks = {partition: self.settings.ranks[partition] for partition in cohort if self.settings.ranks}
+        views = {
+            rank: view_for(self.chain, plan, rank=rank, alpha=self.settings.alpha) for rank in {0, *ranks.values()}
+        }
+        own = {partition: self._own(plan, partition) for partition in cohort}
+        return Asked(plan, views, self.settings.max_norm, own, ranks)
+
+    def _own(self, plan: RoundPlan, partition: int) -> Own:
+        """Return what the plan says to one client alone."""
+        settings = self.settings
+        start = self.state.last_used.get(partition, NO_STATE) if plan.keeps_state else NO_STATE
+        scale = settings.lr_scales[partition] if settings.lr_scales else 1.0
+        coin = flip_coin(settings.seed, plan.round, settings.whole_probability)
+        return Own(start, scale, is_whole=start == NO_STATE or coin)
+
+    def _contents(self) -> Contents:
+        state, plan = self.state, self._now.plan
+        assert self.chain.open is not None
+        variates = state.memory.recall(VARIATES, self.chain.open, mode=plan.sending.memory)
+        return Contents(self.chain, state.open_since, state.chain_id, self.settings.catch_up, variates)
+
     def _train_messages(self, cohort: Sequence[int]) -> list[Message]:
-        contents: dict[tuple[Needs, int], tuple[RecordDict, dict[str, int]]] = {}
-        messages = []
+        known: dict[tuple[Needs, Own, int], tuple[RecordDict, dict[str, int]]] = {}
+        contents, messages = self._contents(), []
         for partition in cohort:
-            key = self._needs(partition), self._start_state(partition)
-            if key not in contents:
-                shared = self._content(*key)
-                contents[key] = shared, content_bytes(shared)
-            if partition in self._roster.nodes:
-                messages.append(self._message(MessageType.TRAIN, partition, *contents[key]))
-                self._now.sent.add(partition)
+            if partition not in self._roster.nodes:
+                continue
+            own, rank = self._now.own[partition], self._now.ranks.get(partition, 0)
+            key = self._needs(partition), own, rank
+            if key not in known:
+                shared = contents.for_training(key[0], self._now.plan, own, self._now.view(partition))
+                known[key] = shared, content_bytes(shared)
+            messages.append(self._message(MessageType.TRAIN, partition, *known[key]))
+            self._now.sent.add(partition)
         return messages
 
     def _broadcast(self, cohort: Sequence[int]) -> list[Message]:
         """Return the closed links for the clients outside the cohort that lack some, where broadcast is eager."""
         if self.settings.broadcast != "eager":
             return []
-        contents: dict[Needs, tuple[RecordDict, dict[str, int]]] = {}
-        messages = []
+        known: dict[Needs, tuple[RecordDict, dict[str, int]]] = {}
+        contents, messages = self._contents(), []
         for partition in sorted(self._roster.nodes.keys() - set(cohort)):
             needs = self._needs(partition)
             if needs.num_held < self.chain.num_links:
-                if needs not in contents:
-                    shared = self._content(needs, None)
-                    contents[needs] = shared, content_bytes(shared)
-                messages.append(self._message(QUERY_LINKS, partition, *contents[needs]))
+                if needs not in known:
+                    shared = contents.of_links(needs)
+                    known[needs] = shared, content_bytes(shared)
+                messages.append(self._message(QUERY_LINKS, partition, *known[needs]))
         return messages
 
     def _needs(self, partition: int) -> Needs:
-        return Needs(self.state.held.get(partition, 0), factors=partition in self.state.draws_otherwise)
-
-    def _start_state(self, partition: int) -> int:
-        is_stateless = self._now.plan.moments == "reset"
-        return NO_STATE if is_stateless else self.state.last_used.get(partition, NO_STATE)
+        state = self.state
+        factors, opened = partition in state.draws_otherwise, state.held_open.get(partition, NOTHING)
+        return Needs(state.held.get(partition, 0), factors=factors, open_version=opened)
 
     def _message(self, kind: str, partition: int, content: RecordDict, size: dict[str, int]) -> Message:
         """Return a message to a client and charge it."""
@@ -172,20 +214,27 @@ class ChainStrategy(Strategy):
         return message
 
     def _plan(self, round: int) -> RoundPlan:
-        trained = self.method.trains(round)
+        assert self.chain.open is not None
+        settings, privacy = self.settings, self.settings.privacy
+        hides_clients = privacy is not None and privacy.level == "client"
+        hides_examples = privacy is not None and privacy.level == "example"
+        noise_seed = NO_SEED if settings.is_deployed else derive_seed(stream(settings.seed, "noise"), "round", round)
         return RoundPlan(
             round=round,
-            trained=trained.factors,
-            dense=trained.dense,
-            local=self.settings.local,
-            moments=trained.moments,
-            batch_seed=derive_seed(stream(self.settings.seed, "batches"), "round", round),
+            training=self.method.trains(round, self.chain.open),
+            local=settings.local,
+            sending=replace(settings.sending, clip=self._clip) if hides_clients else settings.sending,
+            batch_seed=derive_seed(stream(settings.seed, "batches"), "round", round),
+            noise_seed=noise_seed if hides_examples else NO_SEED,
+            example_clip=privacy.clip if privacy is not None and hides_examples else 0.0,
+            example_noise=privacy.noise if privacy is not None and hides_examples else 0.0,
         )
 
-    def _content(self, needs: Needs, start_state: int | None) -> RecordDict:
-        """Return the links that a client lacks, with the plan for one that trains (from the state that is named)."""
-        plan = None if start_state is None else {**self._now.plan.to_record(), "start_state": start_state}
-        return content_of(self.chain, needs, plan, chain_id=self.state.chain_id, policy=self.settings.catch_up)
+    @property
+    def _clip(self) -> float:
+        """Return the current bound on the clients' updates."""
+        assert self.settings.privacy is not None
+        return self.state.clip or self.settings.privacy.clip
 
     def _follow_up(self, asked: Message, reply: Message) -> Message | None:
         """Return the second message of a round to a client that needs something before it can train."""
@@ -203,7 +252,9 @@ class ChainStrategy(Strategy):
             num_held=min(lacking.needs.num_held, self.chain.num_links),
             factors=partition in self.state.draws_otherwise,
         )
-        content = self._content(needs, self._start_state(partition))
+        content = self._contents().for_training(
+            needs, self._now.plan, self._now.own[partition], self._now.view(partition)
+        )
         if lacking.setup:
             content["setup"] = self._introduction()["setup"]
         return self._message(asked.metadata.message_type, partition, content, content_bytes(content))
@@ -216,10 +267,10 @@ class ChainStrategy(Strategy):
         Returns no arrays (the chain is the model) and the round's counts; `report` holds the rest.
         """
         usable, failures, diverged = self._sort(server_round, replies)
+        clip = self._now.plan.sending.clip or float("nan")
         is_updated = len(usable) >= self.settings.min_replies
-        if is_updated:
-            self._update(usable)
-        else:
+        gap = self._update(usable) if is_updated else float("nan")
+        if not is_updated:
             log.warning(
                 "round %d: %d usable replies, %d needed; the model is unchanged",
                 server_round,
@@ -237,6 +288,10 @@ class ChainStrategy(Strategy):
             is_updated=is_updated,
             has_diverged=not usable and bool(failures) and diverged == len(failures),
             train_loss=loss if usable else float("nan"),
+            aggregation_gap=gap,
+            personal_accuracy=_personal_accuracy(usable),
+            lost=_lost(usable),
+            clip=clip,
             rows=self._now.rows,
             failures=failures,
         )
@@ -258,7 +313,7 @@ class ChainStrategy(Strategy):
                 log.warning("round %d: a reply of client %d that nobody asked for is ignored", round, partition)
                 continue
             try:
-                usable[partition] = read_reply(message, self._now.expected)
+                usable[partition] = read_reply(message, self._now.expected(partition))
             except BadReply as error:
                 failures[partition] = str(error)
                 diverged += error.is_divergence
@@ -268,21 +323,85 @@ class ChainStrategy(Strategy):
     def _note_held(self, partition: int, message: Message) -> None:
         """Remember how many closed links a client says it keeps, whatever else becomes of its reply."""
         held, lacking = read_held(message), read_needs(message)
+        if partition == NOBODY:
+            return
         if lacking is not None:
-            held = lacking.needs.num_held
-        if held is not None and partition != NOBODY:
-            self.state.held[partition] = min(held, self.chain.num_links)
+            self.state.held[partition] = min(lacking.needs.num_held, self.chain.num_links)
+            self.state.held_open[partition] = NOTHING
+        elif held is not None:
+            self.state.held[partition] = min(held.num_links, self.chain.num_links)
+            if message.metadata.message_type != QUERY_LINKS:
+                self.state.held_open[partition] = min(held.open_version, self.chain.version)
 
-    def _update(self, usable: dict[int, Reply]) -> None:
+    def _update(self, usable: dict[int, Reply]) -> float:
+        """Append what the replies make of the log, and return the gap of the aggregation (NaN where it is not
+        asked)."""
+        chain, settings, state, plan = self.chain, self.settings, self.state, self._now.plan
+        assert chain.open is not None
+        start = chain.open
+        updates = {partition: self._read_update(partition, reply) for partition, reply in usable.items()}
+        step = self.method.aggregate(chain.merged, start, self._combined(updates, start))
+        has_gap = settings.verify and self.method.traits.is_global
+        gap = aggregation_gap(chain.merged, start, step, updates) if has_gap else float("nan")
+        finish = Finish(settings.rule, settings.downlink, self.method.traits.merges)
+        closes = self.method.closes(chain.updates_in_link + 1)
+        seed = derive_seed(stream(settings.seed, "batches"), "downlink", plan.round)
+        link, merged = finish.apply(chain, step, state.memory, closes=closes, seed=seed)
+        chain.update(link, close=closes, merged=merged)
+        state.open_since = unchanged_since(start, chain.open, state.open_since, chain.version)
+        state.last_used |= dict.fromkeys(usable, self.report.round)
+        if plan.sending.variates:
+            changes = {partition: reply.variates for partition, reply in usable.items()}
+            memory, clients = state.memory, settings.num_clients
+            update_variates(memory, changes, start, num_clients=clients, mode=plan.sending.memory)
+        self._account(usable)
+        return gap
+
+    def _read_update(self, partition: int, reply: Reply) -> ClientUpdate:
+        """Return a client's values in the open link's own rank and scale, and its weight."""
+        plan, view = self._now.plan, self._now.view(partition)
         assert self.chain.open is not None
-        updates: Updates = {partition: self._weighted(reply) for partition, reply in usable.items()}
-        terms = self.method.aggregate(self.chain.merged, self.chain.open, updates)
-        self.chain.update(terms, close=self.method.closes(self.chain.updates_in_link + 1))
-        self.state.last_used |= dict.fromkeys(usable, self.report.round)
+        link, full = view.link.of_client(partition), self.chain.open.of_client(partition)
+        values = reply.sent
+        if plan.sending.sends_differences:
+            if plan.sending.feedback in ("ef21", "marina"):
+                whole = self._now.own[partition].is_whole
+                values = estimate_reply(self.state.memory, partition, reply, link, plan, is_whole=whole)
+            values = values_of(values, link, self.chain.merged)
+        is_uniform = self.settings.weighting == "uniform" or self.settings.privacy is not None
+        weight = 1.0 if is_uniform else float(reply.num_examples)
+        return ClientUpdate(widen(values, link, full) if view.ranks else values, weight, full, view.ranks)
 
-    def _weighted(self, reply: Reply) -> ClientUpdate:
-        weight = reply.update.weight if self.settings.weighting == "examples" else 1.0
-        return ClientUpdate(reply.update.tensors, weight)
+    def _combined(self, updates: Updates, start: Link) -> Updates:
+        """Return the updates that enter the method's mean."""
+        settings, privacy, round = self.settings, self.settings.privacy, self._now.plan.round
+        if privacy is None or privacy.level != "client":
+            return combine(updates, start, self.chain.merged, settings.robust)
+        seed = None if settings.is_deployed else derive_seed(stream(settings.seed, "noise"), "server", round)
+        return private_mean(
+            updates,
+            start,
+            self.chain.merged,
+            privacy,
+            clip=self._clip,
+            cohort_size=settings.cohort_size,
+            generator=noise_generator(seed),
+        )
+
+    def _account(self, usable: dict[int, Reply]) -> None:
+        """Move an adaptive clip, and count the private steps."""
+        settings, privacy, state = self.settings, self.settings.privacy, self.state
+        if privacy is None:
+            return
+        for partition, reply in usable.items():
+            state.num_steps[partition] = state.num_steps.get(partition, 0) + reply.num_steps
+            state.num_examples[partition] = reply.num_examples
+        if privacy.adaptive:
+            round = self._now.plan.round
+            seed = None if settings.is_deployed else derive_seed(stream(settings.seed, "noise"), "count", round)
+            within = [reply.is_within for reply in usable.values()]
+            share = noisy_share(within, privacy, cohort_size=settings.cohort_size, generator=noise_generator(seed))
+            state.clip = next_clip(self._clip, share, privacy)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -325,3 +444,27 @@ class ChainStrategy(Strategy):
             if evaluate_fn is not None and (metrics := evaluate_fn(report.round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[report.round] = metrics
         return result
+
+
+def unchanged_since(before: Link, after: Link | None, since: Mapping[str, int], version: int) -> dict[str, int]:
+    """Return the version since which each factor of the open link has stood as it is, bit for bit."""
+    if after is None:
+        return {}
+    old, new = before.explicit_factors, after.explicit_factors
+    return {
+        name: since.get(name, version) if name in old and torch.equal(old[name], tensor) else version
+        for name, tensor in new.items()
+    }
+
+
+def _personal_accuracy(usable: Mapping[int, Reply]) -> float:
+    held_out = sum(reply.num_held_out for reply in usable.values())
+    return sum(reply.num_correct for reply in usable.values()) / held_out if held_out else float("nan")
+
+
+def _lost(usable: Mapping[int, Reply]) -> dict[str, float]:
+    purposes = {purpose for reply in usable.values() for purpose in reply.lost}
+    return {
+        purpose: mean([reply.lost[purpose] for reply in usable.values() if purpose in reply.lost])
+        for purpose in sorted(purposes)
+    }

@@ -7,12 +7,12 @@ FedIT, so the merged product is not the mean of the clients' products (it misses
 Differs from the paper: the start of A follows the run's sketch law; the paper fixes no federated form.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedraclora.chain import Weights
-from fedraclora.link import Link, Term
-from strategies.method import Adapter, Trained, Updates, mean_update, replace_trained
+from fedraclora.link import Link
+from fedraclora.plan import Training
+from strategies.method import Adapter, Step, Traits, Updates, mean_update, replace_trained
 
 
 @dataclass
@@ -34,25 +34,26 @@ class ChainOfLora:
     config: Config
     adapter: Adapter
 
-    def open_link(self, index: int) -> Link:
+    @property
+    def traits(self) -> Traits:
+        """Return what the method can be combined with."""
+        return Traits(merges=self.config.rounds_per_link > 0)
+
+    def open_link(self, index: int, weights: Weights) -> Link:
         """Return link `index`: a drawn start for A, zero for B."""
-        return self.adapter.open_link(index, self._sides)
+        return self.adapter.open_link(index, self.adapter.everywhere("ab"))
 
-    def trains(self, round: int) -> Trained:
+    def trains(self, round: int, start: Link) -> Training:
         """Return both factors of every layer."""
-        return Trained(self._sides, self.adapter.dense)
+        return Training(self.adapter.everywhere("ab"), self.adapter.dense)
 
-    def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:
+    def aggregate(self, weights: Weights, start: Link, updates: Updates) -> Step:
         """Return the pair of the means of the factors."""
-        return replace_trained(start, mean_update(updates))
+        return Step(replace_trained(start, mean_update(updates)))
 
     def closes(self, updates_in_link: int) -> bool:
         """Return whether the link has lasted its rounds."""
         return updates_in_link == self.config.rounds_per_link
-
-    @property
-    def _sides(self) -> Mapping[str, str]:
-        return dict.fromkeys(self.adapter.shapes, "ab")
 
 
 def build(config: Config, adapter: Adapter) -> ChainOfLora:

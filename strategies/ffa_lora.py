@@ -21,5 +21,9 @@ class Config:
 
 
 def build(config: Config, adapter: Adapter) -> Method:
-    """Return FFA-LoRA for an adapted model."""
+    """Return FFA-LoRA for an adapted model. Raises ValueError for private draws."""
+    if not adapter.is_shared:
+        raise ValueError(
+            "FFA-LoRA freezes one A for all clients, so that sketch.shared=false is not for it; set it true"
+        )
     return rac_lora.build(rac_lora.Config(side="b", rounds_per_link=0, lr=config.lr), adapter)

@@ -6,21 +6,18 @@ a log it is one open link that sets the current weights, so a client that was aw
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedraclora.chain import Weights
-from fedraclora.link import Link, Term
-from strategies.method import Adapter, Trained, Updates, mean_update, move_from_start, replace_trained
+from fedraclora.link import Link
+from fedraclora.plan import Training
+from strategies.method import Adapter, Step, Traits, Updates, mean_update, replace_trained
 
 
 @dataclass
 class Config:
-    """Settings of FedAvg.
+    """Settings of FedAvg; `lr` is the clients' learning rate where the run names none."""
 
-    server_lr: the server's step from its weights towards the clients' mean; 1 is plain averaging.
-    lr: the clients' learning rate where the run names none.
-    """
-
-    server_lr: float = 1.0
     lr: float = 0.2
 
 
@@ -30,18 +27,19 @@ class Full:
 
     config: Config
     parameters: tuple[str, ...]
+    traits: ClassVar[Traits] = Traits(merges=False)
 
-    def open_link(self, index: int) -> Link:
+    def open_link(self, index: int, weights: Weights) -> Link:
         """Return the one link, empty until the first update."""
         return Link(index, ())
 
-    def trains(self, round: int) -> Trained:
+    def trains(self, round: int, start: Link) -> Training:
         """Return all parameters."""
-        return Trained(dense=self.parameters)
+        return Training(dense=self.parameters)
 
-    def aggregate(self, weights: Weights, start: Link, updates: Updates) -> list[Term]:
+    def aggregate(self, weights: Weights, start: Link, updates: Updates) -> Step:
         """Return a term that sets each parameter to the clients' mean."""
-        return replace_trained(start, move_from_start(weights, start, mean_update(updates), self.config.server_lr))
+        return Step(replace_trained(start, mean_update(updates)))
 
     def closes(self, updates_in_link: int) -> bool:
         """Return False: only the newest weights are ever sent."""
@@ -49,7 +47,5 @@ class Full:
 
 
 def build(config: Config, adapter: Adapter) -> Full:
-    """Return FedAvg on all parameters. Raises ValueError for a server step that is not positive."""
-    if not config.server_lr > 0:
-        raise ValueError(f"method.server_lr={config.server_lr} must be positive")
+    """Return FedAvg on all parameters."""
     return Full(config, adapter.parameters)

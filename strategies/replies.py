@@ -1,18 +1,21 @@
 """Reading a client's reply: what it must hold, and why one is refused."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
 
 import numpy as np
-import torch
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
-from fedraclora.delivery import DENSE, UPDATE, Needs
-from fedraclora.payload import Shape, unflatten
-from strategies.method import ClientUpdate
+from fedraclora.compressors import Arrays
+from fedraclora.delivery import NOTHING, Needs
+from fedraclora.plan import NO_STATE, Sending
+from fedraclora.upload import VARIATES_KIND, Manifest, decode, unpack
 
-METRIC_KEYS = frozenset({"num-examples", "num-steps", "train-loss"})
+METRIC_KEYS = frozenset({"num-examples", "num-steps", "train-loss", "is-within"})
+SCORE_KEYS = frozenset({"num-correct", "num-held-out"})
+LOST = "lost-"
 
 
 class BadReply(ValueError):
@@ -25,28 +28,40 @@ class BadReply(ValueError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a usable reply states and holds: digests, and by kind the keys and shapes of its tensors."""
+    """What a usable reply states and holds: digests, tensors, and how these were encoded."""
 
     version: str
     sketches: str
-    shapes: Mapping[str, Mapping[str, Shape]]
-    dtype: torch.dtype
+    manifest: Manifest
+    sending: Sending = field(default_factory=Sending)
+    codec_seed: int = 0
+    is_whole: bool = False
     max_norm: float = float("inf")
 
     @property
     def num_bytes(self) -> int:
-        """Return the tensor bytes of one reply."""
-        sizes = [torch.Size(shape).numel() for kind in self.shapes.values() for shape in kind.values()]
-        return sum(sizes) * self.dtype.itemsize
+        """Return the tensor bytes of one reply, no fewer than it takes."""
+        return self.manifest.max_bytes(self.sending)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A usable reply."""
+    """A usable reply: what was sent, by key, and what the client says of it.
 
-    update: ClientUpdate
+    `sent` are values, differences, or what moves an estimate of them, as the plan asked. `state` is the round whose
+    state the client started from. `num_correct` of `num_held_out` examples of its own it got right. `lost` is the share
+    of what it remembered that a new basis cost, by purpose. `variates` is the change of its control variates."""
+
+    sent: Mapping[str, Tensor]
     num_examples: int
+    num_steps: int
     train_loss: float
+    is_within: bool
+    state: int
+    num_correct: int = 0
+    num_held_out: int = 0
+    lost: Mapping[str, float] = field(default_factory=dict)
+    variates: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def read_reply(message: Message, expected: Expected) -> Reply:
@@ -61,20 +76,43 @@ def read_reply(message: Message, expected: Expected) -> Reply:
         if stated.get(name) != digest:
             raise BadReply(f"its {name} digest is {str(stated.get(name))[:12]}, expected {digest[:12]}")
     metrics: Mapping[str, object] = message.content.metric_records.get("metrics", {})
-    if metrics.keys() != METRIC_KEYS:
-        raise BadReply(f"its metrics are {sorted(metrics)}, expected {sorted(METRIC_KEYS)}")
-    num_examples, train_loss = metrics["num-examples"], _number(metrics["train-loss"])
-    if not isinstance(num_examples, int) or num_examples < 1:
-        raise BadReply(f"it states num-examples={num_examples}, expected a whole number, at least 1")
-    tensors = _read_tensors(message, expected)
-    if not all(np.isfinite(tensor.numpy()).all() for tensor in tensors.values()):
-        raise BadReply("its tensors hold NaN or infinity", is_divergence=True)
-    norm = sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5
-    if norm > expected.max_norm:
-        raise BadReply(f"the norm of its tensors is {norm:.3g}, allowed is {expected.max_norm:.3g}", is_divergence=True)
-    if not abs(train_loss) < float("inf"):
+    _check_metrics(metrics)
+    train_loss, state = _number(metrics["train-loss"]), stated.get("state")
+    sent, variates = _read_tensors(message, expected)
+    if not isfinite(train_loss):
         raise BadReply(f"its training loss is {train_loss}", is_divergence=True)
-    return Reply(ClientUpdate(tensors, float(num_examples)), num_examples, train_loss)
+    return Reply(
+        sent=sent,
+        num_examples=_count(metrics["num-examples"], "num-examples"),
+        num_steps=_count(metrics["num-steps"], "num-steps"),
+        train_loss=train_loss,
+        is_within=metrics["is-within"] == 1,
+        state=state if isinstance(state, int) else NO_STATE,
+        **_read_score(metrics),
+        lost={key.removeprefix(LOST): _number(value) for key, value in metrics.items() if key.startswith(LOST)},
+        variates=variates,
+    )
+
+
+def _check_metrics(metrics: Mapping[str, object]) -> None:
+    known = {key for key in metrics if not key.startswith(LOST)}
+    if not METRIC_KEYS <= known <= METRIC_KEYS | SCORE_KEYS:
+        raise BadReply(f"its metrics are {sorted(metrics)}, expected {sorted(METRIC_KEYS)}")
+
+
+def _count(value: object, name: str) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise BadReply(f"it states {name}={value}, expected a whole number, at least 1")
+    return value
+
+
+def _read_score(metrics: Mapping[str, object]) -> dict[str, int]:
+    if not metrics.keys() >= SCORE_KEYS:
+        return {}
+    correct, held_out = metrics["num-correct"], metrics["num-held-out"]
+    if not isinstance(correct, int) or not isinstance(held_out, int) or not 0 <= correct <= held_out:
+        raise BadReply(f"it states {correct} right answers of {held_out}, expected a whole number of them")
+    return {"num_correct": correct, "num_held_out": held_out}
 
 
 def _number(value: object) -> float:
@@ -85,10 +123,14 @@ def _number(value: object) -> float:
 
 @dataclass(frozen=True)
 class Introduction:
-    """What a client says of itself in the handshake: its partition, and how many closed links it holds."""
+    """What a client says of itself in the handshake: its partition, and what it holds.
+
+    That is how many closed links, and the version whose open link it still has.
+    """
 
     partition: int
     num_held: int
+    open_version: int
 
 
 def read_introduction(message: Message) -> Introduction:
@@ -96,10 +138,10 @@ def read_introduction(message: Message) -> Introduction:
     if message.has_error():
         raise BadReply(f"client error {message.error.code}: {message.error.reason}")
     stated: Mapping[str, object] = message.content.metric_records.get("partition", {})
-    partition, held = stated.get("partition-id"), stated.get("held")
-    if not isinstance(partition, int) or partition < 0 or not isinstance(held, int):
+    partition, held, opened = stated.get("partition-id"), stated.get("held"), stated.get("open")
+    if not isinstance(partition, int) or partition < 0 or not isinstance(held, int) or not isinstance(opened, int):
         raise BadReply(f"it states {dict(stated)}, expected a partition-id, at least 0, and the links it holds")
-    return Introduction(partition, held)
+    return Introduction(partition, held, opened)
 
 
 @dataclass(frozen=True)
@@ -122,33 +164,55 @@ def read_needs(message: Message) -> Lacking | None:
     return Lacking(needs, stated.get("setup") is True, str(stated.get("reason", "")))
 
 
-def read_held(message: Message) -> int | None:
-    """Return how many closed links a client says it keeps, None where it does not say."""
+@dataclass(frozen=True)
+class Held:
+    """What a client says it keeps: closed links, and the open link of a version."""
+
+    num_links: int
+    open_version: int
+
+
+def read_held(message: Message) -> Held | None:
+    """Return what a client says it keeps, None where it does not say."""
     if message.has_error():
         return None
     stated: Mapping[str, object] = message.content.config_records.get("reply", {})
-    held = stated.get("held")
-    return max(0, held) if isinstance(held, int) else None
+    held, opened = stated.get("held"), stated.get("open")
+    if not isinstance(held, int):
+        return None
+    return Held(max(0, held), opened if isinstance(opened, int) else NOTHING)
 
 
-def _read_tensors(message: Message, expected: Expected) -> dict[str, Tensor]:
-    records = message.content.array_records
-    if set(records) != set(expected.shapes):
-        raise BadReply(f"it sends {sorted(records)}, expected {sorted(expected.shapes)}")
-    tensors: dict[str, Tensor] = {}
-    for kind, shapes in expected.shapes.items():
-        if list(records[kind]) != ["flat"]:
-            raise BadReply(f"its record {kind!r} holds {list(records[kind])}, expected one array named 'flat'")
-        try:
-            values = unflatten(records[kind]["flat"].numpy(), list(shapes.values()))
-        except (ValueError, TypeError, EOFError) as error:
-            raise BadReply(f"its record {kind!r}: {error}") from error
-        if values[0].dtype != expected.dtype:
-            raise BadReply(f"its record {kind!r} is {values[0].dtype}, expected {expected.dtype}")
-        tensors |= dict(zip(shapes, values, strict=True))
-    return tensors
+def _read_tensors(message: Message, expected: Expected) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what was sent and the change of the control variates, by key."""
+    records, wanted = message.content.array_records, list(expected.manifest.shapes)
+    wanted += [VARIATES_KIND] if expected.sending.variates else []
+    if set(records) != set(wanted):
+        raise BadReply(f"it sends {sorted(records)}, expected {sorted(wanted)}")
+    arrays = {kind: _arrays_of(kind, record) for kind, record in records.items()}
+    variates: dict[str, Tensor] = {}
+    try:
+        sending, seed = expected.sending, expected.codec_seed
+        sent = unpack(sending, arrays, expected.manifest, seed=seed, is_whole=expected.is_whole)
+        if expected.sending.variates:
+            shapes = {key: shape for kind in expected.manifest.shapes.values() for key, shape in kind.items()}
+            variates = decode("", arrays[VARIATES_KIND], shapes, expected.manifest.dtype, 0)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadReply(f"its tensors cannot be read: {error}") from error
+    _check_numbers([*sent.values(), *variates.values()], expected.max_norm)
+    return sent, variates
 
 
-def expected_shapes(factors: Mapping[str, Shape], dense: Mapping[str, Shape]) -> dict[str, Mapping[str, Shape]]:
-    """Return the shapes of a reply by kind, without the kinds that hold nothing."""
-    return {kind: shapes for kind, shapes in ((UPDATE, factors), (DENSE, dense)) if shapes}
+def _arrays_of(kind: str, record: ArrayRecord) -> Arrays:
+    try:
+        return {name: array.numpy() for name, array in record.items()}
+    except (ValueError, TypeError, EOFError) as error:
+        raise BadReply(f"its record {kind!r}: {error}") from error
+
+
+def _check_numbers(tensors: Sequence[Tensor], max_norm: float) -> None:
+    if not all(np.isfinite(tensor.numpy()).all() for tensor in tensors):
+        raise BadReply("its tensors hold NaN or infinity", is_divergence=True)
+    norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
+    if norm > max_norm:
+        raise BadReply(f"the norm of its tensors is {norm:.3g}, allowed is {max_norm:.3g}", is_divergence=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedraclora.delivery import NOTHING
 from fedraclora.ledger import DOWN, UP, LedgerRow
 from strategies.exchange import exchange
 from strategies.replies import BadReply, Introduction, read_introduction
@@ -125,3 +126,5 @@ def _note_held(state: ServerState, stated: Introduction) -> None:
     remembered = state.held.get(stated.partition, 0)
     if stated.num_held < remembered:
         state.held[stated.partition] = max(0, stated.num_held)
+    if stated.open_version < state.held_open.get(stated.partition, NOTHING):
+        state.held_open[stated.partition] = NOTHING

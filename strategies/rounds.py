@@ -9,7 +9,11 @@ from flwr.app import Array, Message
 from fedraclora.delivery import CATCH_UPS
 from fedraclora.ledger import UP, LedgerRow, Traffic
 from fedraclora.local_config import LocalConfig
+from fedraclora.plan import Sending
+from fedraclora.privacy import Privacy
 from fedraclora.seeding import derive_seed, generator, stream
+from fedraclora.server_rule import ServerRule
+from strategies.merging import Robust
 from strategies.state import Budget
 from strategies.wire import record_bytes
 
@@ -32,6 +36,12 @@ class RoundSettings:
     says whether clients outside the cohort get closed links each round (`eager`) or when next sampled (`lazy`).
     A reply whose tensors' Euclidean norm exceeds `max_norm` is refused. A round ends `timeout_s` after its messages
     went out, and the server waits `connect_s` for all clients before it begins with those that are there.
+
+    `sending` is how updates travel up, `downlink` the compressor of what travels down (as text), and
+    `whole_probability` that of MARINA's coin. `rule` is the server's optimiser, `robust` what takes the place of the
+    mean, `privacy` what is hidden by noise; where `is_deployed` noise and cohorts come from the operating system's
+    entropy. `ranks` and `lr_scales` are by partition (empty: the same for all), `alpha` is the run's where it is given.
+    With `verify` each round measures how far what it merged is from the mean of the clients' products.
     """
 
     num_clients: int
@@ -46,6 +56,17 @@ class RoundSettings:
     max_norm: float = 1e6
     timeout_s: float = 3600.0
     connect_s: float = 120.0
+    sending: Sending = field(default_factory=Sending)
+    downlink: str = ""
+    whole_probability: float = 0.1
+    rule: ServerRule = field(default_factory=ServerRule)
+    robust: Robust = field(default_factory=Robust)
+    privacy: Privacy | None = None
+    is_deployed: bool = False
+    ranks: tuple[int, ...] = ()
+    lr_scales: tuple[float, ...] = ()
+    alpha: float | None = None
+    verify: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values with which no round can be run."""
@@ -61,6 +82,15 @@ class RoundSettings:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
 
+        for name in ("ranks", "lr_scales"):
+            found = getattr(self, name)
+            if found and (len(found) != self.num_clients or not min(found) > 0):
+                raise ValueError(
+                    f"{name} must be positive, one for each of num_clients={self.num_clients}; found {found}"
+                )
+        if not 0 < self.whole_probability <= 1:
+            raise ValueError(f"whole_probability={self.whole_probability} must lie in (0, 1]")
+
     @property
     def cohort_size(self) -> int:
         """Return the clients sampled a round: the nearest whole number, at least one."""
@@ -69,7 +99,12 @@ class RoundSettings:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round as it went. Round 0 is the handshake."""
+    """One round as it went. Round 0 is the handshake.
+
+    `aggregation_gap` is measured where asked for. `personal_accuracy` is that of the clients' own models, after their
+    local steps, on the examples that they held out. `clip` bounded the updates where privacy asks for it. `lost` is, by
+    purpose, the mean share of what the clients remembered that the new link's basis cost.
+    """
 
     round: int
     link: int
@@ -81,6 +116,10 @@ class RoundReport:
     is_updated: bool = False
     has_diverged: bool = False
     train_loss: float = float("nan")
+    aggregation_gap: float = float("nan")
+    personal_accuracy: float = float("nan")
+    clip: float = float("nan")
+    lost: dict[str, float] = field(default_factory=dict)
     round_s: float = 0.0
     traffic: Traffic = field(default_factory=Traffic)
     rows: list[LedgerRow] = field(default_factory=list)
@@ -92,6 +131,12 @@ def sample_cohort(seed: int, round: int, settings: RoundSettings) -> list[int]:
     order = generator(derive_seed(stream(seed, "cohort"), "round", round))
     chosen = order.choice(settings.num_clients, size=settings.cohort_size, replace=False)
     return sorted(int(partition) for partition in chosen)
+
+
+def flip_coin(seed: int, round: int, probability: float) -> bool:
+    """Return MARINA's coin of a round, the same for all clients: whether they send everything."""
+    coin = derive_seed(stream(seed, "batches"), "coin", round)
+    return bool(generator(coin).random() < probability)
 
 
 def ledger_rows(

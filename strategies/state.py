@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedraclora.ledger import MIB, LedgerRow, Traffic, bytes_by_partition, summarize
+from strategies.memory import Memory
 
 
 class BudgetTooSmall(ValueError):
@@ -30,7 +31,12 @@ class ServerState:
     By partition: `held` counts the closed links that a client is known to hold, `last_used` is the last round whose
     reply was used (where its state starts from), `spent` its tensor bytes so far. `draws_otherwise` lists those whose
     machines draw other factors and are sent them. `chain_id` names the chain to the clients, whatever becomes of the
-    run and its nodes; it is made once, at random.
+    run and its nodes; it is made once, at random. `held_open` is the version whose open link a client still has, and
+    `open_since` the version since which each factor of the open link has stood as it is.
+
+    `clip` is the current bound on the norms where it adapts, `num_steps` the private local steps that each client has
+    taken and `num_examples` the examples it took them on; `secret` is a seed that nobody else knows, for cohorts that
+    must not be guessed. `memory` holds tensors and is written to a file of its own.
     """
 
     round: int = -1
@@ -40,6 +46,13 @@ class ServerState:
     spent: dict[int, int] = field(default_factory=dict)
     draws_otherwise: list[int] = field(default_factory=list)
     chain_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    held_open: dict[int, int] = field(default_factory=dict)
+    open_since: dict[str, int] = field(default_factory=dict)
+    clip: float | None = None
+    num_steps: dict[int, int] = field(default_factory=dict)
+    num_examples: dict[int, int] = field(default_factory=dict)
+    secret: int = field(default_factory=lambda: secrets.randbits(62))
+    memory: Memory = field(default_factory=Memory)
 
     def charge(self, rows: list[LedgerRow]) -> Traffic:
         """Add the rows of a round to the sums and return the round's own traffic."""
@@ -50,15 +63,19 @@ class ServerState:
         return traffic
 
     def to_json(self) -> dict[str, Any]:
-        """Return the state as plain values."""
-        return asdict(self)
+        """Return the state, but for its memory, as plain values."""
+        return {"traffic": asdict(self.traffic)} | {name: getattr(self, name) for name in (*_BY_PARTITION, *_PLAIN)}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "ServerState":
         """Return the state that `to_json` wrote, after a trip through JSON (which turns integer keys into text)."""
-        parts: dict[str, Any] = {name: _integer_keys(value[name]) for name in ("held", "last_used", "spent")}
-        parts |= {name: value[name] for name in ("round", "draws_otherwise", "chain_id")}
+        parts: dict[str, Any] = {name: _integer_keys(value[name]) for name in _BY_PARTITION}
+        parts |= {name: value[name] for name in _PLAIN}
         return ServerState(traffic=Traffic(**value["traffic"]), **parts)
+
+
+_BY_PARTITION = ("held", "last_used", "spent", "held_open", "num_steps", "num_examples")
+_PLAIN = ("round", "draws_otherwise", "chain_id", "open_since", "clip", "secret")
 
 
 def _integer_keys(mapping: Mapping[str, int]) -> dict[int, int]:

@@ -36,6 +36,8 @@ TINY = {
     "partition": "dirichlet",
     "method": "rac_lora",
     "runtime": "in_process",
+    "uplink": "none",
+    "downlink": "none",
     "num_clients": 6,
     "fraction": 0.5,
     "rounds": 3,
@@ -45,7 +47,7 @@ TINY = {
     "threads": 1,
     "connect_s": 0.05,
 }
-GROUPS = ("method", "model", "dataset", "partition", "runtime")
+GROUPS = ("method", "model", "dataset", "partition", "runtime", "uplink", "downlink")
 Weights = dict[str, torch.Tensor]
 
 

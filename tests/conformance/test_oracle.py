@@ -9,7 +9,7 @@ from fedraclora.local import local_batches
 from fedraclora.seeding import derive_seed, stream
 from fedraclora.sketch import SketchKey
 from strategies.rounds import sample_cohort
-from tests.conformance.oracle import Run
+from tests.conformance import oracle
 from tests.helpers import METHODS, federation, settings
 
 RANK, ALPHA, LR, ROUNDS = 3, 4.5, 0.4, 3
@@ -31,19 +31,18 @@ def plain(tensor):
     return tensor.numpy().astype(np.float64)
 
 
-def run_both(chosen, parts, length):
-    """Return the weights and biases that the project ends with, and those of the oracle."""
-    federated = federation(chosen)
+def described(chosen, federated):
+    """Return the run of these settings as the oracle wants it described, and the names of its layers."""
     problem = federated.problem
     layers = [name for name, module in problem.model.named_modules() if isinstance(module, torch.nn.Linear)]
     base = problem.new_chain().weights()
     examples = problem.dataset.train
 
-    def draw(link, layer, side):
+    def draw(link, layer, trained):
         shape = base[f"{layers[layer]}.weight"].shape
         key = SketchKey(
-            law=chosen.sketch.law, seed=stream(chosen.seed, "sketch"), link=link, layer=layers[layer], side=side,
-            rank=chosen.rank, dim=shape[0] if side == "a" else shape[1],
+            law=chosen.sketch.law, seed=stream(chosen.seed, "sketch"), link=link, layer=layers[layer], side=trained,
+            rank=chosen.rank, dim=shape[0] if trained == "a" else shape[1],
         )  # fmt: skip
         return plain(sketch.draw(key))
 
@@ -53,20 +52,35 @@ def run_both(chosen, parts, length):
         for row, size in zip(rows, sizes, strict=True):
             yield plain(examples.inputs[row[:size]]).reshape(size, -1), examples.targets[row[:size]].numpy()
 
-    oracle = Run(
+    run = oracle.Run(
         weights=[plain(base[f"{layer}.weight"]) for layer in layers],
         biases=[plain(base[f"{layer}.bias"]) for layer in layers],
-        parts=parts, length=length, lr=chosen.lr, scale=chosen.alpha / chosen.rank, draw=draw,
+        cohorts=[sample_cohort(chosen.seed, round, problem.rounds) for round in range(1, chosen.rounds + 1)],
+        batches=batches, sizes={client: len(rows) for client, rows in enumerate(problem.split.indices)},
+        lr=chosen.lr, scale=chosen.alpha / chosen.rank, draw=draw,
     )  # fmt: skip
-    cohorts = [sample_cohort(chosen.seed, round, problem.rounds) for round in range(1, chosen.rounds + 1)]
-    sizes = {client: len(rows) for client, rows in enumerate(problem.split.indices)}
-    expected = oracle.train(cohorts, batches, sizes)
+    return run, layers
+
+
+def expected(run, parts, length):
+    if parts == "full":
+        return oracle.full(run)
+    if parts != "ab" and length == 1:
+        return oracle.rac_lora(run, parts)
+    return oracle.chain(run, parts, length)
+
+
+def run_both(chosen, parts, length):
+    """Return the weights and biases that the project ends with, those of the oracle, and the weights at the start."""
+    federated = federation(chosen)
+    run, layers = described(chosen, federated)
+    weights, biases = expected(run, parts, length)
     federated.run()
     found = federated.chain.weights()
     return (
         [plain(found[f"{layer}.weight"]) for layer in layers] + [plain(found[f"{layer}.bias"]) for layer in layers],
-        expected + oracle.biases,
-        [plain(base[f"{layer}.weight"]) for layer in layers],
+        weights + biases,
+        run.weights,
     )
 
 

@@ -1,4 +1,4 @@
-"""Tests of fedraclora.moments."""
+"""Tests of fedraclora.rebase."""
 
 import numpy as np
 import torch
@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fedraclora import sketch
 from fedraclora.link import Link, LowRank, Zero
-from fedraclora.moments import carry_over
-from fedraclora.optim import Moments
+from fedraclora.rebase import rebase
 from fedraclora.sketch import SketchKey
 
 OUT, IN = 7, 9
@@ -34,7 +33,7 @@ def _drawn(link: Link, side: str) -> np.ndarray:
 
 def _transported(moment: Tensor, old: Link, new: Link, side: str) -> Tensor:
     key = f"fc1.lora_{side}"
-    return carry_over(Moments({key: moment}, 4), old, new, mode="transport").tensors[key]
+    return rebase({key: moment}, old, new, mode="transport")[0][key]
 
 
 @settings(max_examples=40)

@@ -1,0 +1,64 @@
+"""Which settings go together: refused before any training starts, with the reason and what would be right."""
+
+from collections.abc import Iterator
+
+from experiments.settings import Settings
+from fedraclora.codec import codec_of
+from strategies.method import Method
+from strategies.rounds import RoundSettings
+
+
+def check_combination(settings: Settings, method: Method, rounds: RoundSettings) -> None:
+    """Raise ValueError for settings that the method, or one another, do not go with."""
+    for reason in (*_of_method(settings, method, rounds), *_of_sending(settings, rounds), *_of_privacy(settings)):
+        raise ValueError(reason)
+
+
+def _of_method(settings: Settings, method: Method, rounds: RoundSettings) -> Iterator[str]:
+    name, traits = settings.method.name, method.traits
+    if not settings.sketch.shared and not traits.has_private_draws:
+        yield f"sketch.shared=false: method {name} needs factors that all clients share; rac_lora can do without"
+    if rounds.ranks and not traits.has_ranks:
+        yield f"client_ranks: in method {name} all clients have one rank; set ranks by layer with ranks={{layer: rank}}"
+    if not rounds.robust.is_plain and not traits.is_mean:
+        yield f"robust.*: method {name} is no mean of what clients send, so nothing can take the mean's place"
+    if settings.privacy.level == "client" and not traits.is_mean:
+        yield f"privacy.level=client: method {name} is no mean of what clients send, and noise is added to a mean"
+    if not traits.is_global and not settings.personal_fraction:
+        yield f"method {name} has no model for all; set personal_fraction=0.1, say, to score the clients' own"
+    if rounds.downlink and codec_of(rounds.downlink).is_sparse and not method.closes(1):
+        yield (
+            f"downlink={settings.downlink.name} keeps few of the numbers, which is right for differences only; method "
+            f"{name} sends the values of a link that stays open"
+        )
+
+
+def _of_sending(settings: Settings, rounds: RoundSettings) -> Iterator[str]:
+    sending = rounds.sending
+    if sending.feedback != "none" and not sending.codec:
+        yield f"memory.feedback={sending.feedback} goes with a compressor; name one with uplink=..."
+    if sending.variates and (settings.optimizer != "sgd" or settings.momentum or settings.weight_decay):
+        yield "scaffold=true needs plain SGD (optimizer=sgd momentum=0 weight_decay=0): its variates are mean gradients"
+    if sending.variates and (rounds.ranks or settings.privacy.level != "none" or not rounds.robust.is_plain):
+        yield "scaffold=true goes with clients of one rank, without privacy.* and robust.*"
+    if rounds.ranks and sending.feedback in ("ef21", "marina") and settings.alpha is not None:
+        yield f"memory.feedback={sending.feedback} with client_ranks needs one scale for all: leave alpha out"
+    robust = rounds.robust
+    if robust.aggregate == "trimmed_mean" and 2 * robust.trim >= rounds.cohort_size:
+        yield f"robust.trim={robust.trim} at either end leaves nothing of a cohort of {rounds.cohort_size}"
+    if robust.aggregate in ("krum", "multi_krum") and rounds.cohort_size - robust.num_attackers < 3:
+        yield f"robust.num_attackers={robust.num_attackers} is too many for a cohort of {rounds.cohort_size}"
+
+
+def _of_privacy(settings: Settings) -> Iterator[str]:
+    level = settings.privacy.level
+    if level == "none":
+        return
+    if settings.robust.aggregate != "mean" or settings.robust.max_norm:
+        yield "privacy.* and robust.* do not go together: the accountant counts on the noisy mean of clipped updates"
+    if settings.memory.feedback != "none" or settings.scaffold:
+        yield "privacy.* goes without memory.feedback and scaffold: what clients remember would have to be counted too"
+    if settings.personal_fraction:
+        yield "privacy.* goes without personal_fraction: the clients' scores are not private"
+    if level == "client" and settings.client_ranks is not None and settings.alpha is not None:
+        yield "privacy.level=client with client_ranks needs one scale for all clients: leave alpha out"
