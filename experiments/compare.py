@@ -8,7 +8,7 @@ that grows until its best value lies inside it.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,16 +19,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from experiments.folders import check_same_run, find_folder
-from experiments.groups import configure, plain_values
+from experiments.groups import GROUPS, configure, plain_values
 from experiments.outcomes import DIVERGED, FINISHED, Diverged
 from experiments.problem import prepare
 from experiments.progress import Display
 from experiments.report import write_report
 from experiments.results import load_runs
 from experiments.run import run
-from experiments.settings import CompareSettings, Settings
+from experiments.settings import CompareSettings, Settings, name_of
 from experiments.tables import comparison_table, render_table
 from fedraclora.files import read_json, write_atomically, write_json
+from fedraclora.plugins import nearest
 from strategies.state import BudgetTooSmall
 
 log = logging.getLogger("fedraclora")
@@ -78,9 +79,13 @@ def _check(settings: CompareSettings) -> None:
         raise ValueError(
             f"methods={settings.methods} must name methods, each once, and seeds={settings.seeds} be positive"
         )
-    extra = set(settings.method_settings) - set(settings.methods)
+    plugins = {str(_one(settings, Path(), method, settings.seed, None).method.name) for method in settings.methods}
+    extra = set(settings.method_settings) - set(settings.methods) - plugins
     if extra:
         raise ValueError(f"method_settings names {sorted(extra)}, which are not among methods={settings.methods}")
+    unused = set(settings.variants) - set(settings.methods)
+    if unused:
+        raise ValueError(f"variants names {sorted(unused)}, which are not among methods={settings.methods}")
     for method in settings.methods:
         _grid(settings, method)
         prepare(_one(settings, Path(), method, settings.seed, None))
@@ -93,17 +98,42 @@ def _check(settings: CompareSettings) -> None:
 
 
 def _one(settings: CompareSettings, folder: Path, method: str, seed: int, lr: float | None) -> Settings:
-    """Return the settings of one run of the comparison."""
+    """Return the settings of one run of the comparison; `method` may be a variant."""
+    changes = dict(settings.variants.get(method, {}))
+    plugin = changes.pop("method", method)
+    name, given = (plugin["name"], plugin) if isinstance(plugin, Mapping) else (plugin, {})
+    # What is said of the method in this comparison, in the variant, and of the variant, the last word last.
+    own = {**settings.method_settings.get(name, {}), **given, **settings.method_settings.get(method, {})}
+    own.pop("name", None)
     shared = {item.name: deepcopy(getattr(settings, item.name)) for item in fields(Settings)}
-    own = configure("method", method, settings.method_settings.get(method, {}))
     place = {"name": settings.name, "out": str(folder / method / f"seed_{seed}"), "resume": True}
-    return Settings(**{**shared, **place, "method": own, "seed": seed, "lr": settings.lr if lr is None else lr})
+    label = method if method in settings.variants else settings.label
+    known = {**shared, **place, "method": configure("method", name, own), "seed": seed, "label": label}
+    changed = {key: _changed(key, value, known) for key, value in changes.items()}
+    return Settings(**{**known, **changed, "lr": changed.get("lr", settings.lr) if lr is None else lr})
+
+
+def _changed(key: str, value: Any, known: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Return a variant's value for a setting: a plug-in by name, some of a group's settings, or the value itself."""
+    if key not in known:
+        raise ValueError(f"a variant sets {key!r}, which is no setting; {nearest(key, known)}")
+    if key in GROUPS:
+        name, given = (value["name"], dict(value)) if isinstance(value, Mapping) else (value, {})
+        given.pop("name", None)
+        return configure(key, str(name), given)
+    if is_dataclass(known[key]) and isinstance(value, Mapping):
+        names = [item.name for item in fields(known[key])]
+        for name in value:
+            if name not in names:
+                raise ValueError(f"a variant sets {key}.{name}, which is no setting; {nearest(str(name), names)}")
+        return replace(known[key], **value)  # type: ignore[type-var]
+    return value
 
 
 def _run_one(settings: Settings, display: Display, refused: dict[str, str]) -> Path | None:
     """Run one part of a comparison, unless it is done; return its folder, or None where no round is affordable."""
     assert settings.out is not None
-    folder, method = Path(settings.out), settings.method.name
+    folder, method = Path(settings.out), name_of(settings)
     purpose = f" tuning lr {settings.lr:g}" if settings.eval_split == "validation" else ""
     display.start_run(f"{method} seed {settings.seed}{purpose}")
     if is_done(folder, settings.rounds):
@@ -240,13 +270,14 @@ def _tuning_seeds(settings: CompareSettings) -> range:
 
 
 def _tuning(one: Settings) -> Settings:
-    """Return a run's settings with its test examples held out from training."""
-    return replace(one, eval_split="validation")
+    """Return a run's settings with its test examples held out from training, and nothing measured beside them."""
+    return replace(one, eval_split="validation", verify=False)
 
 
 def _score_one(settings: CompareSettings, folder: Path, display: Display, which: tuple[str, int, float]) -> float:
     method, seed, lr = which
     one = _tuning(_one(settings, folder / "tuning" / f"lr_{lr:g}", method, seed, lr))
+    one = replace(one, rounds=settings.tune_rounds or settings.rounds)
     path = _run_one(one, display, {})
     if path is None:
         raise BudgetTooSmall(f"{method} cannot be tuned: no round is affordable")
@@ -254,6 +285,6 @@ def _score_one(settings: CompareSettings, folder: Path, display: Display, which:
     accuracies = rounds["test_accuracy"].dropna().tolist()
     values = accuracies or (-rounds["test_loss"].dropna()).tolist()
     if read_json(path / "summary.json")["status"] == DIVERGED:
-        due = settings.rounds // settings.eval_every + 1
+        due = one.rounds // settings.eval_every + 1
         values = values + [min(values)] * max(0, due - len(values))
     return float(sum(values) / len(values))

@@ -20,7 +20,7 @@ from experiments.outcomes import AT_BUDGET, FAILED, FINISHED, INTERRUPTED, Diver
 from experiments.plots import label_distribution_figure, save_png
 from experiments.problem import Problem
 from experiments.recorder import Recorder, round_row
-from experiments.settings import Settings
+from experiments.settings import Settings, name_of
 from experiments.summary import write_summary
 from fedraclora.chain_store import ChainStore
 from fedraclora.files import write_atomically
@@ -75,7 +75,7 @@ class _Run:
 
     def row(self, report: RoundReport) -> dict[str, Any]:
         """Return a round's row of `rounds.csv`, evaluated where it is due."""
-        name = self.settings.method.name
+        name = name_of(self.settings)
         row = round_row(report, self.strategy.state.traffic, method=name, seed=self.settings.seed)
         row["epsilon"] = spent_epsilon(self.strategy.settings, self.strategy.state)
         if report.round % self.settings.eval_every == 0 or report.round == self.settings.rounds:

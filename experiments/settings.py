@@ -149,6 +149,9 @@ class Settings:
     exact: bool = False
     chunk_mib: float = 64.0
 
+    # What the run is called in tables and curves; left out, by its method.
+    label: str | None = None
+
     # The files; `out` left out is runs/<name>/<date_time>.
     name: str = "run"
     out: str | None = None
@@ -167,9 +170,18 @@ class CompareSettings(Settings):
     seeds: int = 3
     # Settings of single methods: {fed_it: {lr: 0.1}, rac_lora: {side: auto}}.
     method_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # More names for `methods`: any settings under a label, {rac_int8: {method: rac_lora, uplink: int8}}.
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     # A learning-rate grid for all methods ([0.1, 0.3]) or by method; it is extended until the best is interior.
     tune: Any = None
     tune_seeds: int = 1
+    # How many rounds each learning rate is tried for; 0: as many as the runs have.
+    tune_rounds: int = 0
     # How often the grid may be extended at either end, and how often it is made finer around its best value.
     tune_extensions: int = 6
     tune_refinements: int = 0
+
+
+def name_of(settings: Settings) -> str:
+    """Return what a run is called in tables and curves."""
+    return settings.label or str(settings.method.name)

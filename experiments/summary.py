@@ -1,13 +1,16 @@
 """A run's `summary.json`, made from the tables on disk."""
 
+import functools
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from experiments.recorder import Recorder
-from experiments.settings import Settings
+from experiments.settings import Settings, name_of
 from fedraclora.files import write_json
 
 PACKAGES = ("fedraclora", "flwr", "numpy", "torch")
@@ -19,7 +22,7 @@ def write_summary(recorder: Recorder, settings: Settings, known: dict[str, Any])
     rounds = pd.read_csv(recorder.folder / "rounds.csv")
     evaluated, last = rounds.dropna(subset=["test_loss"]), rounds.iloc[-1]
     summary = {
-        "method": settings.method.name,
+        "method": name_of(settings),
         "seed": settings.seed,
         "num_rounds": int(last["round"]),
         "final_test_accuracy": _last(evaluated["test_accuracy"]),
@@ -30,11 +33,28 @@ def write_summary(recorder: Recorder, settings: Settings, known: dict[str, Any])
         **{f"{name}_bytes": int(last[f"cum_{name}_bytes"]) for name in BYTE_SUMS},
         "targets": {str(target): first_crossing(rounds, target) for target in settings.target_accuracies},
         "wall_s": round(recorder.wall_s, 3),
+        "commit": commit(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         **known,
     }
     write_json(recorder.folder / "summary.json", summary)
     return summary
+
+
+@functools.cache
+def commit() -> str | None:
+    """Return the commit of the checkout that this program runs from, with `-dirty` where files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or None
 
 
 def _last(values: "pd.Series[float]") -> float | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedraclora.chain import Chain, Weights
 from fedraclora.codec import codec_of
-from fedraclora.link import Dense, Link, Set, Term, is_zero, product, replace_tensors
+from fedraclora.link import Dense, Link, Set, Term, Zero, is_zero, product, replace_tensors
 from fedraclora.plan import NO_STATE, RoundPlan
 from fedraclora.privacy import Privacy, clip_to, noisy_mean
 from fedraclora.robust import clip_norms, coordinate_median, krum, trimmed_mean
@@ -239,7 +239,9 @@ class Finish:
         for name, tensor in link.named_tensors.items():
             key = name.removeprefix("set ")
             begin = start_of(key, before, known, tensor) if key in before.factors or key in known else None
-            if begin is not None and not torch.equal(begin, tensor):
+            # A link of zeros alone has no numbers to move yet: what comes is where they start.
+            is_new = key in before.factors and not _has_numbers(before, key)
+            if begin is not None and not is_new and not torch.equal(begin, tensor):
                 moved[name] = begin + step_(self.rule, slots, name, tensor - begin)
         return replace_tensors(link, moved, {})
 
@@ -257,6 +259,11 @@ class Finish:
             and not (codec_of(self.codec).is_sparse and name.startswith("set "))
         ]
         return encode_link(link, self.codec, seed, names) if names else link
+
+
+def _has_numbers(link: Link, key: str) -> bool:
+    term = link.low_rank_terms()[key.rpartition(".")[0]]
+    return not all(isinstance(factor, Zero) for factor in term.factors.values())
 
 
 def update_variates(

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedraclora.aggregate import weighted_mean
+from fedraclora.aggregate import normalized, weighted_mean
 from fedraclora.chain import Weights
 from fedraclora.link import Link, LowRank, Private, Set, Term, Zero
 from fedraclora.plan import Training
@@ -146,8 +146,7 @@ class Adapter:
 
 def shares(updates: Updates) -> dict[int, float]:
     """Return the clients' weights divided by their sum, in the order of the clients."""
-    total = sum(update.weight for update in updates.values())
-    return {client: updates[client].weight / total for client in sorted(updates)}
+    return normalized({client: update.weight for client, update in updates.items()})
 
 
 def mean_update(updates: Updates) -> dict[str, Tensor]:

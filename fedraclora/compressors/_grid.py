@@ -28,10 +28,9 @@ def peak(numbers: _Numbers, axes: tuple[int, ...]) -> _Numbers:
 
 
 def euclidean_norm(numbers: _Numbers, axes: tuple[int, ...]) -> _Numbers:
-    """Return the Euclidean norm along `axes`, which are kept with length 1; squares neither overflow nor vanish."""
-    unit = peak(numbers, axes)
-    ratios = numbers / np.where(unit > 0, unit, 1)
-    norms: _Numbers = unit * np.sqrt(np.square(ratios).sum(axis=axes, keepdims=True))
+    """Return the Euclidean norm along `axes`, which are kept with length 1; infinite where a square is."""
+    with np.errstate(over="ignore"):  # an infinite norm is refused as a scale
+        norms: _Numbers = np.sqrt(np.square(numbers).sum(axis=axes, keepdims=True))
     return norms
 
 

@@ -40,7 +40,7 @@ VARIANTS = [
 ]
 EVERY = [(name, {}) for name in names("strategies")] + VARIANTS
 INEXACT = ("fed_it", "chain_of_lora", "flexlora", "het_lora", "lora_fair", "fr_lora")
-few = settings(max_examples=20)
+few = settings(max_examples=15)
 
 
 def _id(case):

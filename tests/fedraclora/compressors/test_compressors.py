@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedraclora import plugins
 from fedraclora.compressors import COMPRESSORS
 from fedraclora.compressors._bits import pack, packed_bytes, unpack
+from fedraclora.compressors._scales import to_scales
 
 NAMES = plugins.names(COMPRESSORS)
 # The identity passes on whatever it is given.
@@ -442,6 +443,13 @@ def test_int4_packs_two_a_byte_the_first_in_the_upper_half():
     assert arrays["scales"].tolist() == [0.5]
 
 
+@given(number=st.floats(0, 2.0**127))
+def test_scales_are_the_next_float32_from_the_number_upwards(number):
+    (scale,) = to_scales(np.array([number]))
+    assert scale >= number
+    assert number == 0 or np.nextafter(scale, np.float32(0)) < number
+
+
 # ---- float16 and bfloat16
 
 
@@ -554,8 +562,9 @@ def test_qsgd_never_leaves_its_grid_at_any_magnitude(x):
 
 @pytest.mark.parametrize("name", ["int8", "int4", "qsgd", "sign", "natural"])
 def test_magnitudes_too_large_for_the_code_are_refused_and_the_largest_allowed_are_not(name):
-    with pytest.raises(ValueError, match=r"too large.* 2\^127"):
-        codec(name).encode([torch.full((1,), 3e40, dtype=torch.float64)], 0)
+    for magnitude in (2.0**127 * (1 + 2**-20), 3e40, 1e200):
+        with pytest.raises(ValueError, match=r"too large.* 2\^127"):
+            codec(name).encode([torch.full((1,), magnitude, dtype=torch.float64)], 0)
     (found,) = decoded(codec(name), [torch.full((1,), 2.0**127)])
     assert abs(found.item() / 2.0**127 - 1) < 1e-6
 
