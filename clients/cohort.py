@@ -5,6 +5,7 @@ A client that cannot train (no data, lost state) answers with an error of its ow
 
 import json
 import logging
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -18,7 +19,7 @@ from fedraclora.delivery import Delivery, Needs, VersionMismatch, sketch_digest
 from fedraclora.link import Link, describe, restore
 from fedraclora.local import LocalClient, LocalResult, train_cohort
 from fedraclora.optim import Member, Moments
-from fedraclora.payload import flatten, unflatten
+from fedraclora.payload import digest_arrays, flatten, unflatten
 from fedraclora.plan import NO_SEED, NO_STATE, RoundPlan
 from fedraclora.rebase import rebase
 from fedraclora.seeding import derive_seed
@@ -189,7 +190,10 @@ def _local_client(replica: Replica, plan: RoundPlan, job: _Job) -> LocalClient:
     member = Member(moments if moments.tensors else None, own, job.lr_scale, job.correction)
     noise_seed = None if plan.noise_seed == NO_SEED else derive_seed(plan.noise_seed, "client", partition)
     held_out = replica.data.held_out.get(partition, rows[:0])
-    return LocalClient(rows, _batch_seed(plan, partition), member, held_out, noise_seed)
+    # A batch that its server can foretell hides no example from it, so privacy draws batches as it draws noise.
+    is_secret = plan.example_clip > 0 and noise_seed is None
+    seed = secrets.randbits(62) if is_secret else _batch_seed(plan, partition)
+    return LocalClient(rows, seed, member, held_out, noise_seed)
 
 
 def _batch_seed(plan: RoundPlan, partition: int) -> int:
@@ -219,7 +223,7 @@ def _reply(  # noqa: PLR0913 - the round, the client and what it trained
         expected=expected,
         is_whole=bool(job.request.record["is_whole"]),
     )
-    records = {kind: ArrayRecord({n: Array(a) for n, a in arrays.items()}) for kind, arrays in outgoing.arrays.items()}
+    arrays = dict(outgoing.arrays)
     variates: dict[str, Tensor] = {}
     if plan.sending.variates:
         variates, change = next_variates(
@@ -229,12 +233,12 @@ def _reply(  # noqa: PLR0913 - the round, the client and what it trained
             starts,
             plan.local.lr * job.lr_scale * result.num_steps,
         )
-        records[VARIATES_KIND] = ArrayRecord({FLAT: Array(flatten([change[key] for key in expected.keys]))})
+        arrays[VARIATES_KIND] = {FLAT: flatten([change[key] for key in expected.keys])}
     if plan.keeps_state:
         _keep(replica, plan, job, result, {FEEDBACK: outgoing.memory, VARIATES: variates})
-    content = RecordDict(dict(records))
+    content = RecordDict({kind: ArrayRecord({n: Array(a) for n, a in group.items()}) for kind, group in arrays.items()})
     content["metrics"] = _metrics(job, outgoing, result, is_finite=is_finite)
-    content["reply"] = ConfigRecord({**_stated(replica, job)})
+    content["reply"] = ConfigRecord({**_stated(replica, job), "arrays": digest_arrays(arrays)})
     return Message(content, reply_to=job.request.message)
 
 

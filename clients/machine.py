@@ -20,7 +20,17 @@ from fedraclora.chain import Chain
 from fedraclora.data import check_examples
 from fedraclora.files import write_atomically
 from fedraclora.plugins import find
-from fedraclora.setup import DATASETS, Plugin, Setup, base_weights, build_dataset, hold_out, hold_out_own, set_threads, split_dataset
+from fedraclora.setup import (
+    DATASETS,
+    Plugin,
+    Setup,
+    base_weights,
+    build_dataset,
+    hold_out,
+    hold_out_own,
+    set_threads,
+    split_dataset,
+)
 
 # A machine keeps the replicas of this many runs; those used longest ago go first.
 KEPT_RUNS = 4

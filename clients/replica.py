@@ -97,12 +97,11 @@ class Replica:
             if self.files is not None:
                 with self.files.locked():
                     self.files.keep(self.chain, received)
+            self.num_kept = self.chain.num_links
+            if self.chain.open is not None:
+                self._keep_open(kept_of(self.chain.open), received.version)
         except OSError as error:
             log.warning("what came cannot be kept on this disk, and will be sent again: %s", error)
-            return
-        self.num_kept = self.chain.num_links
-        if self.chain.open is not None:
-            self._keep_open(kept_of(self.chain.open), received.version)
 
     def _keep_open(self, kept: Kept, version: int) -> None:
         self.open_version = NOTHING

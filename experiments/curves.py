@@ -1,20 +1,23 @@
 """Curves of finished runs: what a byte, or a round, buys, as median and range over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from experiments.plots import FOREGROUND, WIDTH_IN, MethodStyle, drawing_style, legend_columns, method_styles
+from experiments.labels import HEIGHT_IN, MARGIN_IN, LineEnd, label_ends
 from experiments.results import Runs
+from experiments.scales import label_log_scale, scale_metric
+from experiments.styles import FOREGROUND, PALETTE, WIDTH_IN, MethodStyle, drawing_style, run_styles
 from fedraclora.ledger import MIB
 
 MAX_POINTS = 300
+GAP = "aggregation_gap"
+LEAST_GAP = 1e-17
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,50 @@ class Curve:
         return values
 
 
-def curve_figure(runs: Runs, axis: Axis, guides: Guides) -> Figure:
-    """Return the metric of all methods against `axis`: the median over seeds, the range as a band, each seed thin."""
+def curve_figure(runs: Runs, axis: Axis, guides: Guides, *, front: Collection[str]) -> Figure:
+    """Return the metric of all methods against `axis`: the median over seeds, the range as a band, each seed thin.
+
+    Of more methods than there are colours those on the `front` stand out, and the others are a thin median.
+    """
+    curves = {method: _curves(runs, method, axis, runs.metric) for method in runs.methods}
     with drawing_style():
-        figure = Figure(figsize=(WIDTH_IN, 3.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
         axes = figure.add_subplot()
-        styles = method_styles(runs.methods)
-        for method, style in styles.items():
-            _draw_method(axes, _curves(runs, method, axis), style, is_log=axis.is_log)
+        ends = _draw_methods(axes, curves, run_styles(runs), axis, front)
         _set_x_axis(axes, axis)
         _set_y_axis(axes, runs.metric)
         _draw_guides(axes, guides if runs.metric == "test_accuracy" else Guides(budget_mib=guides.budget_mib), axis)
-        handles = [_legend_line(style) for style in styles.values()]
-        figure.legend(handles, list(styles), loc="outside lower center", ncols=legend_columns(list(styles)))
+        label_ends(axes, ends, HEIGHT_IN - MARGIN_IN)
     return figure
+
+
+def gap_figure(runs: Runs) -> Figure:
+    """Return the aggregation gap by round of the methods that measured it, drawn as in `curve_figure`.
+
+    What is smaller than `LEAST_GAP`, as zero is, is drawn there: a logarithmic axis has no place for it.
+    """
+    curves = {
+        method: [
+            Curve(rows["round"].to_numpy(np.float64), rows[GAP].clip(lower=LEAST_GAP).to_numpy(np.float64))
+            for rows in runs.measured(method, GAP)
+        ]
+        for method in methods_with_gap(runs)
+    }
+    with drawing_style():
+        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
+        axes = figure.add_subplot()
+        ends = _draw_methods(axes, curves, run_styles(runs), ROUND, ())
+        _set_x_axis(axes, ROUND)
+        axes.set_yscale("log")
+        axes.set_ylabel("gap of the aggregation, relative")
+        _draw_rounding(axes, runs)
+        label_ends(axes, ends, HEIGHT_IN - MARGIN_IN)
+    return figure
+
+
+def methods_with_gap(runs: Runs) -> list[str]:
+    """Return the methods of which some run measured the aggregation gap."""
+    return [method for method in runs.methods if runs.measured(method, GAP)]
 
 
 def median_and_range(curves: Sequence[Curve], *, is_log: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -82,10 +115,10 @@ def median_and_range(curves: Sequence[Curve], *, is_log: bool) -> tuple[NDArray[
     return grid, np.stack([values.min(axis=0), np.median(values, axis=0), values.max(axis=0)])
 
 
-def _curves(runs: Runs, method: str, axis: Axis) -> list[Curve]:
+def _curves(runs: Runs, method: str, axis: Axis, metric: str) -> list[Curve]:
     return [
-        Curve(rows[axis.column].to_numpy(np.float64) / axis.unit, rows[runs.metric].to_numpy(np.float64))
-        for rows in runs.evaluated(method)
+        Curve(rows[axis.column].to_numpy(np.float64) / axis.unit, rows[metric].to_numpy(np.float64))
+        for rows in runs.measured(method, metric)
     ]
 
 
@@ -98,7 +131,26 @@ def _thin(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return thinned
 
 
-def _draw_method(axes: Axes, curves: Sequence[Curve], style: MethodStyle, *, is_log: bool) -> None:
+def _draw_methods(
+    axes: Axes,
+    curves: Mapping[str, Sequence[Curve]],
+    styles: Mapping[str, MethodStyle],
+    axis: Axis,
+    front: Collection[str],
+) -> list[LineEnd]:
+    """Draw all methods, those on the front last, and return where their lines end."""
+    is_few = len(curves) <= len(PALETTE)
+    ends = {}
+    for method in sorted(curves, key=lambda name: name in front):
+        is_bold = is_few or method in front
+        draw = _draw_bold if is_bold else _draw_thin
+        x, y = draw(axes, curves[method], styles[method], is_log=axis.is_log)
+        if np.isfinite(y):
+            ends[method] = LineEnd(method, x, y, styles[method].color, is_bold and not is_few)
+    return [ends[method] for method in curves if method in ends]
+
+
+def _draw_bold(axes: Axes, curves: Sequence[Curve], style: MethodStyle, *, is_log: bool) -> tuple[float, float]:
     if len(curves) > 1:
         for curve in curves:
             x = _thin(curve.x[(curve.x > 0) | (not is_log)])
@@ -111,16 +163,24 @@ def _draw_method(axes: Axes, curves: Sequence[Curve], style: MethodStyle, *, is_
         median,
         color=style.color,
         linestyle=style.dashes,
-        linewidth=1.6,
+        linewidth=1.8,
         marker=style.marker,
         markersize=4,
         markevery=0.12 if len(grid) > 1 else None,
         drawstyle="steps-post",
+        zorder=2.5,
     )
+    return _last(grid, median)
 
 
-def _legend_line(style: MethodStyle) -> Line2D:
-    return Line2D([], [], color=style.color, linestyle=style.dashes, linewidth=1.6, marker=style.marker, markersize=4)
+def _draw_thin(axes: Axes, curves: Sequence[Curve], style: MethodStyle, *, is_log: bool) -> tuple[float, float]:
+    grid, (_, median, _) = median_and_range(curves, is_log=is_log)
+    axes.plot(grid, median, color=style.color, linestyle=style.dashes, linewidth=0.8, alpha=0.6, drawstyle="steps-post")
+    return _last(grid, median)
+
+
+def _last(grid: NDArray[np.float64], median: NDArray[np.float64]) -> tuple[float, float]:
+    return (float(grid[-1]), float(median[-1])) if len(grid) else (float("nan"), float("nan"))
 
 
 def _set_x_axis(axes: Axes, axis: Axis) -> None:
@@ -130,33 +190,30 @@ def _set_x_axis(axes: Axes, axis: Axis) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     elif drawn.size:
         axes.set_xscale("log")
-        num_decades = float(np.log10(drawn.max() / drawn.min()))
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if num_decades < 2.5 else (1.0,), numticks=12))
-        axes.xaxis.set_major_formatter(FuncFormatter(_plain_number))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        label_log_scale(axes.xaxis, float(drawn.min()), float(drawn.max()))
 
 
 def _set_y_axis(axes: Axes, metric: str) -> None:
     axes.set_ylabel(metric.replace("_", " "))
-    if metric == "test_accuracy":
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        return
-    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.get_lines()])
-    if drawn.size and drawn.min() > 0 and drawn.max() > 20 * drawn.min():
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(_plain_number))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _plain_number(value: float, _position: int | None = None) -> str:
-    return f"{value:g}"
+    drawn = [np.asarray(line.get_ydata(), dtype=np.float64) for line in axes.get_lines()]
+    scale_metric(axes, metric.removeprefix("test_"), list(np.concatenate(drawn)))
 
 
 def _draw_guides(axes: Axes, guides: Guides, axis: Axis) -> None:
     for target in guides.targets:
         axes.axhline(target, color=FOREGROUND, linestyle=(0, (4, 3)), linewidth=0.8, alpha=0.7, zorder=1)
-        axes.text(1.01, target, f"{100 * target:g} %", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        place = axes.get_yaxis_transform()
+        axes.text(0.01, target, f"{100 * target:g} %", transform=place, va="bottom", fontsize=8)
     if guides.budget_mib is not None and axis is TOTAL:
         axes.axvline(guides.budget_mib, color=FOREGROUND, linestyle=(0, (1, 2)), linewidth=1.0, zorder=1)
         place = axes.get_xaxis_transform()
         axes.text(guides.budget_mib, 1.01, "budget", transform=place, ha="center", va="bottom", fontsize=8)
+
+
+def _draw_rounding(axes: Axes, runs: Runs) -> None:
+    """Draw the unit roundoff of the numbers that the clients send: smaller gaps are rounding."""
+    for dtype in sorted({str(settings.get("dtype", "float32")) for settings in runs.settings}):
+        roundoff = float(np.finfo(dtype).eps) / 2
+        axes.axhline(roundoff, color=FOREGROUND, linestyle=(0, (4, 3)), linewidth=0.8, alpha=0.7, zorder=1)
+        place = axes.get_yaxis_transform()
+        axes.text(0.01, roundoff, f"rounding in {dtype}", transform=place, va="bottom", fontsize=8)

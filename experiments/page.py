@@ -25,6 +25,8 @@ th, td { padding: .35rem .5rem; text-align: right; vertical-align: top; border-b
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, td.reason { text-align: left; }
 td.reason { color: var(--muted); }
+td.settings { text-align: left; }
+.wide { overflow-x: auto; }
 .name { display: flex; align-items: baseline; gap: .45em; }
 .swatch { flex: none; width: .7em; height: .7em; border-radius: 2px; print-color-adjust: exact; }
 td small { display: block; color: var(--muted); font-size: .85em; }
@@ -106,6 +108,15 @@ def html_pairs(pairs: Mapping[str, object]) -> str:
     """Return names and values side by side."""
     body = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in pairs.items())
     return f"<dl>{body}</dl>"
+
+
+def html_settings(settings: Mapping[str, str]) -> str:
+    """Return names beside texts that are to be read as written."""
+    rows = "".join(
+        f'<tr><td>{escape(name)}</td><td class="settings"><code>{escape(text)}</code></td></tr>'
+        for name, text in settings.items()
+    )
+    return f"<table><tbody>{rows}</tbody></table>"
 
 
 def html_figure(svg: str, caption: str) -> str:

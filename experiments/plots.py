@@ -3,8 +3,6 @@
 import io
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,20 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments.results import Runs
+from experiments.styles import FOREGROUND, WIDTH_IN, drawing_style, legend_columns
 from fedraclora.ledger import MIB
 
-FOREGROUND = "#23262b"
-GRID = "#8a8f98"
-WIDTH_IN = 5.2
-# Okabe and Ito's colours that stay apart for colour-blind readers, without the yellow that vanishes on white.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a8f98")
-LINE_STYLES: tuple[tuple[float, tuple[float, ...]], ...] = (
-    (0, ()),
-    (0, (5, 1.5)),
-    (0, (1.5, 1.2)),
-    (0, (6, 1.5, 1.5, 1.5)),
-)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MAX_BAR_CLIENTS = 60
 MAX_BAR_CLASSES = 20
 # Name, direction, kinds (None: all the others), colour. Dark and light halves tell the directions apart without colour.
@@ -39,61 +26,6 @@ SEGMENTS = (
     ("down: catch-up, snapshot", "down", ("catch_up", "snapshot"), "#e3c389"),
     ("down: other", "down", None, "#cfc6b4"),
 )
-
-
-@dataclass(frozen=True)
-class MethodStyle:
-    """How one method is drawn in every figure; shape repeats what colour says."""
-
-    color: str
-    dashes: tuple[float, tuple[float, ...]]
-    marker: str
-
-
-def drawing_style() -> AbstractContextManager[None]:
-    """Return a context in which figures are made in the look of the report."""
-    return mpl.rc_context(
-        {
-            "font.size": 9.0,
-            "text.color": FOREGROUND,
-            "text.parse_math": False,
-            "axes.edgecolor": FOREGROUND,
-            "axes.labelcolor": FOREGROUND,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": GRID,
-            "grid.alpha": 0.25,
-            "grid.linewidth": 0.6,
-            "hatch.linewidth": 0.5,
-            "legend.frameon": False,
-            "legend.fontsize": 8.5,
-            "svg.fonttype": "none",
-            "xtick.color": FOREGROUND,
-            "ytick.color": FOREGROUND,
-        }
-    )
-
-
-def method_styles(methods: Sequence[str]) -> dict[str, MethodStyle]:
-    """Return a style for each method, in order; colours repeat after seven methods with another line style."""
-    return {
-        method: MethodStyle(
-            color=PALETTE[i % len(PALETTE)],
-            dashes=LINE_STYLES[(i % len(PALETTE) + i // len(PALETTE)) % len(LINE_STYLES)],
-            marker=MARKERS[i % len(MARKERS)],
-        )
-        for i, method in enumerate(methods)
-    }
-
-
-def legend_columns(labels: Sequence[str], *, handle: int = 8) -> int:
-    """Return how many of `labels` stand side by side in a legend under a figure, `handle` being the room before each.
-
-    Both are in characters, of which about 75 fit.
-    """
-    return max(1, min(len(labels), 75 // (handle + max(map(len, labels), default=0))))
 
 
 def segment_table(runs: Runs) -> pd.DataFrame:

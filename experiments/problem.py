@@ -27,6 +27,8 @@ from fedraclora.server_rule import RULES, ServerRule
 from fedraclora.setup import Plugin, Setup, base_weights, build_dataset, hold_out, hold_out_own, split_dataset
 from fedraclora.sketch import LAWS
 from fedraclora.targets import find_dense, find_targets
+from fedraclora.travel import kept_of
+from strategies.asking import link_of_rank
 from strategies.merging import AGGREGATES, Robust
 from strategies.method import Adapter, Method
 from strategies.rounds import RoundSettings
@@ -57,11 +59,19 @@ class Problem:
         return Chain.start(base_weights(self.model))
 
     def replica(self, settings: Settings, chain: Chain, store: ClientStore) -> Replica:
-        """Return the replica that all simulated clients share; `chain` is its own copy of the log."""
+        """Return the replica that all simulated clients share.
+
+        `chain` is its own copy of the log; who has taken part holds the factors of the open link, too.
+        """
         rows, held_out = hold_out_own(self.dataset.train, dict(enumerate(self.split.indices)), self.setup)
         data = LocalData(self.dataset.train, rows, self.dataset.task, held_out)
         memory = Memory(self.setup.chunk_bytes, self.setup.chunk_clients)
-        return Replica(self.model, data, chain, store, memory)
+        replica = Replica(self.model, data, chain, store, memory)
+        if chain.open is not None:
+            views = [link_of_rank(chain.open, rank, self.rounds.alpha) for rank in {0, *self.rounds.ranks}]
+            replica.kept = {key: tensor for view in views for key, tensor in kept_of(view).items()}
+            replica.open_version = chain.version
+        return replica
 
 
 def prepare(settings: Settings) -> Problem:

@@ -104,9 +104,8 @@ class Recorder:
             draft.unlink()
 
     def replica(self) -> Chain:
-        """Return a copy of the chain as a client's disk would hold it: the closed links, merged."""
+        """Return a copy of the chain as a client's disk would hold it: the closed links, merged, and the open one."""
         chain = self.store.load(self._written_version)
-        chain.open = None
         chain.links.clear()
         return chain
 

@@ -4,24 +4,45 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
+from matplotlib.figure import Figure
 
-from experiments.curves import ROUND, TOTAL, UPLINK, Axis, Guides, curve_figure
-from experiments.headline import headline
-from experiments.page import html_details, html_figure, html_list, html_page, html_pairs, html_table
-from experiments.plots import bytes_figure, inline_svg, label_distribution_figure, method_styles, segment_table
-from experiments.results import Runs, load_runs
-from experiments.tables import comparison_table, format_metric, format_number, table_caption, text_table
-
-AGAIN = (
-    "<p>To repeat a run: <code>fedraclora run</code> with the settings below. To rebuild its model from its log and "
-    "check the digest: <code>fedraclora replay RUN</code>. This page: <code>fedraclora report RUN...</code>.</p>"
+from experiments.curves import (
+    LEAST_GAP,
+    ROUND,
+    TOTAL,
+    UPLINK,
+    Axis,
+    Guides,
+    curve_figure,
+    gap_figure,
+    methods_with_gap,
 )
-DEFINITIONS = (
-    "Uplink and downlink bytes are the encoded arrays that all clients sent and were sent, catch-up (the links or the "
-    "snapshot that a late client lacked) included in the downlink, and the total is their sum. Record bytes are the "
-    "same messages as serialised for the wire, names and containers included; one MiB is 2^20 bytes."
+from experiments.headline import headline
+from experiments.making import making_section
+from experiments.outcomes import AT_BUDGET, FINISHED
+from experiments.page import html_figure, html_list, html_page, html_table
+from experiments.pareto import DIRECTION_NAMES, Trade, trade_of
+from experiments.pareto_figure import pareto_caption, pareto_figure
+from experiments.plots import bytes_figure, inline_svg, label_distribution_figure, segment_table
+from experiments.results import Runs, load_runs
+from experiments.styles import PALETTE, is_by_compressor, run_styles, variants_of
+from experiments.tables import NOT_MEASURED, comparison_table, format_number, table_caption, text_table
+
+# A title that would name more methods than this counts them.
+MAX_NAMES = 6
+# Columns of `rounds.csv` about what clients keep between rounds, and how a run is summed up in one number.
+KEPT = {
+    "lost_moments": ("moments lost, %", "mean"),
+    "lost_feedback": ("feedback lost, %", "mean"),
+    "lost_variates": ("variates lost, %", "mean"),
+    "clip": ("last clip", "last"),
+}
+KEPT_CAPTION = (
+    "Lost: the share of what clients remembered that a new link's basis could not express, the mean over rounds. Clip: "
+    "the bound on the updates in the last round. Both are medians over seeds."
 )
 
 
@@ -35,7 +56,8 @@ def main_report(folders: Sequence[Path], out: Path) -> None:
     refused_file = out.parent / "refused.json"
     refused = json.loads(refused_file.read_text(encoding="utf-8")) if refused_file.is_file() else {}
     targets, budget_mib = first.get("target_accuracies") or [], first.get("budget_mib")
-    title = f"{', '.join(runs.methods)}: accuracy by bytes"
+    names = ", ".join(runs.methods) if len(runs.methods) <= MAX_NAMES else f"{len(runs.methods)} methods"
+    title = f"{names}: accuracy by bytes"
     write_report(runs, out, title=title, targets=targets, budget_mib=budget_mib, refused=refused)
 
 
@@ -53,16 +75,20 @@ def write_report(  # noqa: PLR0913 - each is said by the caller, and none belong
     `refused` gives the reason for each method that has no run. A `tuning.csv` beside `path` is shown as a table.
     """
     table = comparison_table(runs, targets=targets, budget_mib=budget_mib)
+    trades = {direction: trade_of(table, direction) for direction in DIRECTION_NAMES}
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path.parent / "comparison.csv", index=False)
     body = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="answer">{escape(headline(table))}</p>',
         _comparison_section(runs, table, refused),
-        _figures_section(runs, Guides(targets=targets, budget_mib=budget_mib)),
+        _front_section(runs, trades),
+        _curves_section(runs, trades, Guides(targets=targets, budget_mib=budget_mib)),
+        _gap_section(runs),
         _bytes_section(runs),
+        _kept_section(runs),
         _tuning_section(path.parent / "tuning.csv"),
-        _making_section(runs),
+        making_section(runs),
     ]
     path.write_text(html_page(title, body), encoding="utf-8")
 
@@ -71,19 +97,31 @@ def _comparison_section(runs: Runs, table: pd.DataFrame, refused: Mapping[str, s
     text = text_table(table)
     rows = [[str(cell) for cell in row] for row in text.itertuples(index=False)]
     rows += [[method, reason] for method, reason in refused.items()]
-    colors = {method: style.color for method, style in method_styles(runs.methods).items()}
+    colors = {method: style.color for method, style in run_styles(runs).items()}
     cautions = _cautions(runs)
     notes = f"<h3>Read with care</h3>{html_list(cautions)}" if cautions else ""
-    return html_table(list(text.columns), rows, caption=table_caption(table), colors=colors) + notes
+    numbers = html_table(list(text.columns), rows, caption=table_caption(table), colors=colors)
+    return f'<div class="wide">{numbers}</div>{notes}'
 
 
 def _cautions(runs: Runs) -> list[str]:
     """Return what makes a plain reading of these runs wrong."""
     cautions = [
-        f"{summary['method']}, seed {summary['seed']}: interrupted after round {summary['num_rounds']}."
+        f"{summary['method']}, seed {summary['seed']}: {summary['status']} after round {summary['num_rounds']}."
         for summary in runs.summaries
-        if summary["status"] == "interrupted"
+        if summary["status"] not in (FINISHED, AT_BUDGET)
     ]
+    cautions += [
+        f"{method}: the {runs.metric.replace('_', ' ')} is the same at every evaluation. Where a method makes no model "
+        "for all clients, read its personal accuracy."
+        for method in runs.methods
+        if runs.num_unchanged(method) == len(runs.of(method))
+    ]
+    lengths = {summary["num_rounds"] for summary in runs.summaries if summary["status"] in (FINISHED, AT_BUDGET)}
+    if len(lengths) > 1:
+        cautions.append(
+            f"The runs have {min(lengths)} to {max(lengths)} rounds: a longer one has had more time to end well."
+        )
     seeds = {method: sorted({s["seed"] for s in runs.summaries if s["method"] == method}) for method in runs.methods}
     if len({tuple(found) for found in seeds.values()}) > 1:
         found = "; ".join(f"{method} {', '.join(map(str, of))}" for method, of in seeds.items())
@@ -95,27 +133,57 @@ def _cautions(runs: Runs) -> list[str]:
     ]
     if len({json.dumps(summary["versions"], sort_keys=True) for summary in runs.summaries}) > 1:
         cautions.append("The runs used different versions of the software; the first run's are listed.")
+    if len({summary.get("commit") for summary in runs.summaries}) > 1:
+        cautions.append("The runs were made by different commits; the first run's is listed.")
     return cautions
 
 
-def _figures_section(runs: Runs, guides: Guides) -> str:
-    what = runs.metric.replace("_", " ")
+def _front_section(runs: Runs, trades: Mapping[str, Trade]) -> str:
+    styles, variants = run_styles(runs), variants_of(runs)
+    figures = [
+        _figure(pareto_figure(trade, styles, variants), f"front-{direction}", pareto_caption(trade))
+        for direction, trade in trades.items()
+        if len(trade.points) > 1
+    ]
+    title = "What a compressor buys" if is_by_compressor(variants) else "The front"
+    return f'<h2>{title}</h2><div class="figures">{"".join(figures)}</div>' if figures else ""
+
+
+def _curves_section(runs: Runs, trades: Mapping[str, Trade], guides: Guides) -> str:
+    what = runs.metric.replace("_", " ").capitalize()
     spread = "Line: median over seeds; band: lowest to highest; thin lines: single seeds."
+    if len(runs.methods) > len(PALETTE):
+        spread += " Thick, with band and seeds: the methods on the front."
     zero = "The initial model costs no bytes and has no place on this axis."
-    shown: list[tuple[str, Axis, str]] = [
-        ("uplink", UPLINK, f"{what.capitalize()} against the cumulative uplink. {spread} {zero}"),
-        ("total", TOTAL, f"{what.capitalize()} against all bytes, catch-up included."),
-        ("rounds", ROUND, f"{what.capitalize()} against rounds, for which bytes do not count."),
+    front = {direction: set(trade.front) for direction, trade in trades.items()}
+    shown: list[tuple[str, Axis, str, set[str]]] = [
+        ("uplink", UPLINK, f"{what} against the cumulative uplink. {spread} {zero}", front["uplink"]),
+        ("total", TOTAL, f"{what} against all bytes, catch-up included.", front["total"]),
+        ("rounds", ROUND, f"{what} against rounds, for which bytes do not count.", front["uplink"] | front["total"]),
     ]
     figures = [
-        html_figure(inline_svg(curve_figure(runs, axis, guides), name=name, description=caption), caption)
-        for name, axis, caption in shown
+        _figure(curve_figure(runs, axis, guides, front=methods), name, caption)
+        for name, axis, caption, methods in shown
     ]
     if runs.label_counts.shape[1] > 1 and len(runs.label_counts) > 0:
         caption = f"Samples of each class at each client, seed {runs.summaries[0]['seed']}."
-        svg = inline_svg(label_distribution_figure(runs.label_counts), name="labels", description=caption)
-        figures.append(html_figure(svg, caption))
+        figures.append(_figure(label_distribution_figure(runs.label_counts), "labels", caption))
     return f'<h2>Curves and data</h2><div class="figures">{"".join(figures)}</div>'
+
+
+def _gap_section(runs: Runs) -> str:
+    if not methods_with_gap(runs):
+        return ""
+    caption = (
+        "How far what each round merged is from the mean of the clients' own changes, relative to that mean (Frobenius "
+        "norm, float64). Below the dashed line it is rounding: the method is exact. "
+        f"Smaller than {LEAST_GAP:g} is drawn there."
+    )
+    return f'<h2>Exact or not</h2><div class="figures">{_figure(gap_figure(runs), "gap", caption)}</div>'
+
+
+def _figure(figure: Figure, name: str, caption: str) -> str:
+    return html_figure(inline_svg(figure, name=name, description=caption), caption)
 
 
 def _bytes_section(runs: Runs) -> str:
@@ -125,12 +193,29 @@ def _bytes_section(runs: Runs) -> str:
     caption = (
         "Where the bytes of a whole run went. Runs differ in length: compare the curves, not the bars, for efficiency."
     )
-    figure = html_figure(inline_svg(bytes_figure(runs), name="bytes", description=caption), caption)
+    figure = _figure(bytes_figure(runs), "bytes", caption)
     rows = [
         [str(method), *map(format_number, values)] for method, values in zip(table.index, table.to_numpy(), strict=True)
     ]
     numbers = html_table(["method", *table.columns], rows, caption="MiB a run, mean over seeds.")
     return f'<h2>Bytes by direction and kind</h2><div class="figures">{figure}<div>{numbers}</div></div>'
+
+
+def _kept_section(runs: Runs) -> str:
+    shown = [name for name in KEPT if any(runs.measured(method, name) for method in runs.methods)]
+    rows = [[method, *(_kept_cell(runs, method, name) for name in shown)] for method in runs.methods]
+    if not shown:
+        return ""
+    table = html_table(["method", *(KEPT[name][0] for name in shown)], rows, caption=KEPT_CAPTION)
+    return f'<h2>What clients keep</h2><div class="narrow">{table}</div>'
+
+
+def _kept_cell(runs: Runs, method: str, name: str) -> str:
+    title, summary = KEPT[name]
+    values = [
+        float(rows[name].mean() if summary == "mean" else rows[name].iloc[-1]) for rows in runs.measured(method, name)
+    ]
+    return format_number(median(values) * (100 if title.endswith("%") else 1)) if values else NOT_MEASURED
 
 
 def _tuning_section(path: Path) -> str:
@@ -156,66 +241,3 @@ def _tuning_section(path: Path) -> str:
 
 def _tick(value: object) -> str:
     return "yes" if bool(value) else ""
-
-
-def _making_section(runs: Runs) -> str:
-    shared, by_method = _split_settings(runs)
-    plain = {name: value for name, value in shared.items() if "." not in name}
-    nested = {name: value for name, value in shared.items() if "." in name}
-    seeds = ", ".join(str(seed) for seed in sorted({summary["seed"] for summary in runs.summaries}))
-    versions = ", ".join(f"{package} {version}" for package, version in runs.summaries[0]["versions"].items())
-    parts = [
-        f"<h2>How these numbers were made</h2><p>{escape(DEFINITIONS)}</p>",
-        f"<p>Seeds: {escape(seeds)}. Versions: {escape(versions)}.</p>",
-        AGAIN,
-        f"<h3>Settings that all runs share</h3>{html_pairs(plain)}",
-        html_details(f"{len(nested)} more shared settings", html_pairs(nested)) if nested else "",
-        _settings_by_method(runs, by_method),
-        html_details("Chain digests and run totals", _digests(runs)),
-    ]
-    return "\n".join(parts)
-
-
-def _split_settings(runs: Runs) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
-    """Return the settings that all runs share, and by name those that tell methods apart but not the seeds of one."""
-    shared: dict[str, object] = {}
-    by_method: dict[str, dict[str, object]] = {}
-    for name in dict.fromkeys(name for settings in runs.settings for name in settings if name not in ("seed", "out")):
-        values: dict[str, set[str]] = {method: set() for method in runs.methods}
-        for summary, settings in zip(runs.summaries, runs.settings, strict=True):
-            values[str(summary["method"])].add(str(settings.get(name, "")))
-        if len(set().union(*values.values())) == 1:
-            shared[name] = runs.settings[0][name]
-        elif all(len(found) == 1 for found in values.values()):
-            by_method[name] = {method: next(iter(found)) for method, found in values.items()}
-    return shared, by_method
-
-
-def _settings_by_method(runs: Runs, by_method: Mapping[str, Mapping[str, object]]) -> str:
-    rows = [[name, *(str(values[method]) for method in runs.methods)] for name, values in by_method.items()]
-    if not rows:
-        return ""
-    return f"<h3>Settings that differ between methods</h3>{html_table(['setting', *runs.methods], rows)}"
-
-
-def _digests(runs: Runs) -> str:
-    name = runs.metric.removeprefix("test_")
-    rows = [
-        [
-            str(summary["method"]),
-            str(summary["seed"]),
-            str(summary["status"]),
-            format_metric(_number(summary[f"final_{runs.metric}"]), name),
-            f"{summary['total_bytes']:,}",
-            f"{summary['uplink_record_bytes'] + summary['downlink_record_bytes']:,}",
-            str(summary["chain_digest"]),
-        ]
-        for summary in runs.summaries
-    ]
-    unit = ", %" if name == "accuracy" else ""
-    headers = ["method", "seed", "status", f"final {name}{unit}", "total bytes", "total record bytes", "chain digest"]
-    return html_table(headers, rows)
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

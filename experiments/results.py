@@ -9,6 +9,8 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
+from experiments.outcomes import AT_BUDGET, FINISHED
+
 NEEDED_FILES = ("settings.yaml", "rounds.csv", "ledger.csv", "summary.json")
 LEDGER_KEYS = ["method", "seed", "direction", "kind"]
 
@@ -46,6 +48,28 @@ class Runs:
     def evaluated(self, method: str) -> list[pd.DataFrame]:
         """Return the rounds of a method in which the metric was measured, one frame a seed, sorted by round."""
         return [rows[rows[self.metric].notna()] for rows in self.of(method)]
+
+    def summary_values(self, method: str, key: str) -> list[float]:
+        """Return what the summaries of a method's runs hold under `key`, of those that hold anything."""
+        values = [summary.get(key) for summary in self.summaries if summary["method"] == method]
+        return [float(value) for value in values if value is not None]
+
+    def num_unfinished(self, method: str) -> int:
+        """Return how many runs of a method ended before their last round, and not at their budget."""
+        ends = [summary["status"] for summary in self.summaries if summary["method"] == method]
+        return sum(end not in (FINISHED, AT_BUDGET) for end in ends)
+
+    def num_unchanged(self, method: str) -> int:
+        """Return in how many runs of a method, evaluated more than once, the metric was the same each time."""
+        evaluated = self.evaluated(method)
+        return sum(len(rows) > 1 and rows[self.metric].nunique() == 1 for rows in evaluated)
+
+    def measured(self, method: str, column: str) -> list[pd.DataFrame]:
+        """Return the rounds of a method in which a column has a value, a frame for each seed with any, by round."""
+        if column not in self.rounds:
+            return []
+        frames = [rows[rows[column].notna()] for rows in self.of(method)]
+        return [rows for rows in frames if len(rows)]
 
 
 def load_runs(folders: Sequence[Path]) -> Runs:

@@ -99,14 +99,14 @@ def spent_epsilon(settings: RoundSettings, state: ServerState) -> float | None:
     if privacy.level == "client":
         size = settings.cohort_size
         return client_epsilon(settings.num_clients, size, privacy.noise, state.round, privacy.delta)
+    # Of clients that took as many steps the one with the fewest examples is the worst off.
+    fewest: dict[int, int] = {}
+    for partition, num in state.num_examples.items():
+        steps = state.num_steps.get(partition, 0)
+        fewest[steps] = min(num, fewest.get(steps, num))
     width = settings.local.batch_size
-    return max(
-        (
-            example_epsilon(num, min(width, num), privacy.noise, state.num_steps[partition], privacy.delta)
-            for partition, num in state.num_examples.items()
-        ),
-        default=0.0,
-    )
+    spent = [example_epsilon(num, min(width, num), privacy.noise, n, privacy.delta) for n, num in fewest.items()]
+    return max(spent, default=0.0)
 
 
 @contextmanager

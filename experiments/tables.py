@@ -17,7 +17,28 @@ from rich.table import Table
 from experiments.results import Runs
 from fedraclora.ledger import MIB
 
+NOT_MEASURED = "-"
 NUM_REACHED = "num_reached_"
+DIRECTIONS = ("uplink", "downlink", "catchup", "total")
+# Columns for what only some runs measure, and what it is called in `summary.json`.
+MEASURED = {
+    "personal_accuracy": "final_personal_accuracy",
+    "aggregation_gap": "mean_aggregation_gap",
+    "epsilon": "epsilon",
+}
+MEANINGS = {
+    "personal_accuracy": (
+        "The personal accuracy is that of the clients' own models, after their local steps, on examples that they held "
+        "out, over the cohort of the last round."
+    ),
+    "aggregation_gap": (
+        "The aggregation gap is how far what a round merged is from the mean of the clients' own changes, relative to "
+        "that mean, averaged over the rounds."
+    ),
+    "epsilon": "Epsilon is what the whole run spent of differential privacy, for its privacy.level and privacy.delta.",
+}
+# A table of more methods than this has a row a method on the terminal, too.
+MAX_COLUMNS = 6
 
 
 def comparison_table(runs: Runs, *, targets: Sequence[float], budget_mib: float | None) -> pd.DataFrame:
@@ -28,18 +49,21 @@ def comparison_table(runs: Runs, *, targets: Sequence[float], budget_mib: float 
     `_median`, `_min` and `_max` are over seeds. `*_mib_to_T_*` is the first evaluated round with at least accuracy T;
     `num_reached_T` counts the seeds that got there, the others enter with what they had spent, and
     `*_mib_to_T_is_lower_bound` tells whether that leaves the median a lower bound. Runs without accuracies are compared
-    by their test loss and have no targets.
+    by their test loss and have no targets. `num_unfinished` counts the runs that diverged, failed or were interrupted,
+    `num_unchanged` those whose metric was the same at every evaluation.
     """
     budget = _smallest_total(runs) if budget_mib is None else budget_mib
     reachable = sorted(set(targets)) if runs.metric == "test_accuracy" else []
+    measured = _measured_columns(runs)
     rows = []
     for method in runs.methods:
         row: dict[str, object] = {"method": method, "num_seeds": len(runs.of(method))}
+        row |= {"num_unfinished": runs.num_unfinished(method), "num_unchanged": runs.num_unchanged(method)}
         row |= {"budget_mib": budget, "is_budget_given": budget_mib is not None}
         row |= _metric_columns(runs, method, budget)
         for target in reachable:
             row |= _target_columns(runs.evaluated(method), target)
-        rows.append(row | _cost_columns(runs.of(method)))
+        rows.append(row | _cost_columns(runs.of(method)) | measured[method])
     return pd.DataFrame(rows)
 
 
@@ -80,12 +104,23 @@ def _is_median_lower_bound(known: Sequence[float], is_reached: Sequence[bool]) -
 
 def _cost_columns(every: Sequence[pd.DataFrame]) -> dict[str, object]:
     columns: dict[str, object] = {}
-    for direction in ("uplink", "total"):
+    for direction in DIRECTIONS:
         spent = [float(rows[f"cum_{direction}_bytes"].iloc[-1]) / MIB for rows in every]
-        columns[f"{direction}_mib_median"] = float(np.median(spent))
+        columns |= _spread(f"{direction}_mib", spent)
     columns["num_rounds_median"] = float(np.median([float(rows["round"].iloc[-1]) for rows in every]))
     seconds = [float(rows.loc[rows["round"] > 0, "round_s"].median()) for rows in every]
     return columns | {"round_s_median": float(np.median(seconds))}
+
+
+def _measured_columns(runs: Runs) -> dict[str, dict[str, object]]:
+    """Return by method the columns of what only some runs measure, for all methods those that any method has."""
+    columns: dict[str, dict[str, object]] = {method: {} for method in runs.methods}
+    for name, key in MEASURED.items():
+        found = {method: runs.summary_values(method, key) for method in runs.methods}
+        if any(found.values()):
+            for method, values in found.items():
+                columns[method] |= _spread(name, values or [math.nan])
+    return columns
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, object]:
@@ -104,6 +139,11 @@ def targets_of(table: pd.DataFrame) -> list[str]:
 def metric_of(table: pd.DataFrame) -> str:
     """Return the name of what a comparison table compares: `accuracy` or `loss`."""
     return "accuracy" if "final_accuracy_median" in table.columns else "loss"
+
+
+def measured_in(table: pd.DataFrame) -> list[str]:
+    """Return what only some runs measure, of which a comparison table has columns."""
+    return [name for name in MEASURED if f"{name}_median" in table.columns]
 
 
 def format_number(value: float) -> str:
@@ -129,22 +169,29 @@ def text_table(table: pd.DataFrame) -> pd.DataFrame:
     unit = ", %" if metric == "accuracy" else ""
     text = pd.DataFrame({"method": table["method"], "seeds": table["num_seeds"].map(str)})
     budget = format_number(float(table["budget_mib"].iloc[0]))
-    text[f"{metric} at {budget} MiB{unit}"] = _metric_cells(table, f"{metric}_at_budget")
+    text[f"{metric} at {budget} MiB{unit}"] = _metric_cells(table, f"{metric}_at_budget", metric)
     for target in targets_of(table):
         for direction in ("uplink", "total"):
             text[f"{direction} MiB to {format_target(target)}"] = _byte_cells(table, direction, target)
-    text[f"final {metric}{unit}"] = _metric_cells(table, f"final_{metric}")
+    text[f"final {metric}{unit}"] = _metric_cells(table, f"final_{metric}", metric)
+    for name in measured_in(table):
+        kind, unit = ("accuracy", ", %") if name == "personal_accuracy" else (name, "")
+        cells = pd.Series(_metric_cells(table, name, kind))
+        text[name.replace("_", " ") + unit] = cells.where(table[f"{name}_median"].notna(), NOT_MEASURED)
+    for direction in ("uplink", "downlink", "catchup"):
+        if table[f"{direction}_mib_max"].any():
+            title = "catch-up" if direction == "catchup" else direction
+            text[f"{title} MiB"] = table[f"{direction}_mib_median"].map(format_number)
     text["rounds"] = table["num_rounds_median"].map(format_number)
     text["s a round"] = table["round_s_median"].map(format_number)
     return text
 
 
-def _metric_cells(table: pd.DataFrame, name: str) -> list[str]:
+def _metric_cells(table: pd.DataFrame, name: str, metric: str) -> list[str]:
+    """Return medians and ranges; a `metric` of `accuracy` is shown in percent."""
     cells = []
     for row in table.to_dict("records"):
-        median, low, high = (
-            format_metric(row[f"{name}_{part}"], metric_of(table)) for part in ("median", "min", "max")
-        )
+        median, low, high = (format_metric(row[f"{name}_{part}"], metric) for part in ("median", "min", "max"))
         cells.append(median if row["num_seeds"] == 1 or low == high else f"{median} ({low} to {high})")
     return cells
 
@@ -177,18 +224,21 @@ def table_caption(table: pd.DataFrame) -> str:
             " MiB to a target are counted up to the first evaluated round that reaches it; “>” marks a lower bound: "
             "too few seeds reached the target to know the median."
         )
-    return caption + (
-        "" if metric == "accuracy" else " These runs report no accuracy, so accuracy targets do not apply."
-    )
+    caption += " Uplink, downlink and the catch-up in it are those of whole runs."
+    caption += "" if metric == "accuracy" else " These runs report no accuracy, so accuracy targets do not apply."
+    return " ".join([caption, *(MEANINGS[name] for name in measured_in(table))])
 
 
 def render_table(table: pd.DataFrame) -> Table:
-    """Return a comparison table for the terminal: one column a method, as there are more figures than methods."""
+    """Return a comparison table for the terminal: a column a method, or a row each, with medians only."""
     text = text_table(table).set_index("method")
-    rendered = Table(caption=table_caption(table), caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    is_long = len(text) > MAX_COLUMNS
+    rows = text.map(lambda cell: cell.partition(" (")[0]) if is_long else text.T
+    rest = " Here, all brackets are left out: see the report, or comparison.csv." if is_long else ""
+    rendered = Table(caption=table_caption(table) + rest, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     rendered.add_column("", no_wrap=True)
-    for method in text.index:
-        rendered.add_column(escape(str(method)), justify="right", overflow="fold")
-    for name in text.columns:
-        rendered.add_row(name, *text[name])
+    for name in rows.columns:
+        rendered.add_column(escape(str(name)), justify="right", overflow="fold")
+    for name, cells in zip(rows.index, rows.to_numpy(), strict=True):
+        rendered.add_row(escape(str(name)), *cells)
     return rendered

@@ -83,7 +83,8 @@ class Chain:
     in memory, the newest last; `num_links` counts all that were ever closed. `version` counts the updates, one a round
     that changed the model. `num_links_before` is `num_links` as it was before the last update: what a client that took
     part in it already holds. `updates_in_link` counts the updates of the open link. `slots` are the moments of the
-    server rules of the closed links."""
+    server rules of the closed links.
+    """
 
     merged: Weights
     hash: str
@@ -139,12 +140,14 @@ class Chain:
         forgotten = set_targets([self.open]) - set_targets([link])
         if forgotten:
             raise ValueError(f"the open link sets {sorted(forgotten)}; its next terms must set them too")
+        found = [item.index for item in (merged, link) if item is not None]
+        right = list(range(self.num_links, self.num_links + len(found)))
+        if found != right:
+            raise ValueError(f"an update brings links {found}; after {self.num_links} closed ones {right} are right")
         self.num_links_before = self.num_links
         if merged is not None:
             self.open = merged
             self.close()
-        if link.index != self.num_links:
-            raise ValueError(f"link {link.index} cannot be open after {self.num_links} closed ones")
         self.open = link
         self.version += 1
         self.updates_in_link += 1

@@ -5,8 +5,9 @@ whether that link was closed then, and the chain's digest, which is checked when
 never taken for a model.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedraclora import sketch
 from fedraclora.chain import Chain
 from fedraclora.files import read_json, read_tensors, write_json, write_tensors
-from fedraclora.link import Link, describe, restore, slots
+from fedraclora.link import Json, Link, describe, restore, slots
 from fedraclora.payload import Packed
 
 FORMAT = 2
@@ -83,10 +84,10 @@ class ChainStore:
         self._write_index()
 
     def forget_replaced(self) -> None:
-        """Delete the versions that a later one of the same link replaced; they can no longer be read."""
-        last = {entry.link: entry.version for entry in self._entries}
-        replaced = [entry for entry in self._entries if last[entry.link] != entry.version]
-        self._entries = [entry for entry in self._entries if entry not in replaced]
+        """Delete the versions that closed no link, but for the newest; they can no longer be read."""
+        kept = _needed(self._entries)
+        replaced = [entry for entry in self._entries if entry not in kept]
+        self._entries = kept
         self._write_index()
         for entry in replaced:
             (self.folder / entry.file).unlink(missing_ok=True)
@@ -123,8 +124,7 @@ class ChainStore:
     def _replay(self) -> Chain:
         """Return the chain rebuilt from the newest snapshot, or from the base, with every link kept."""
         chain, num_merged = self._base(), max(self._snapshots, default=0)
-        last = {entry.link: entry for entry in self._entries}
-        for entry in last.values():
+        for entry in _needed(self._entries):
             self._replay_version_(chain, entry, num_merged)
         return chain
 
@@ -178,28 +178,41 @@ class ChainStore:
         write_json(self.folder / "index.json", {"format": FORMAT, "versions": rows, "snapshots": self._snapshots})
 
 
+def _needed(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the last version and those that closed a link: what the others held was replaced."""
+    return [entry for entry in entries if entry.num_closed or entry is entries[-1]]
+
+
 def _snapshot_file(num_links: int) -> str:
     return f"snapshot_{num_links:06d}.safetensors"
 
 
 def _to_file(name: str, link: Link) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a link as the tensors and the texts of a file: its numbers, and what was sent of those that were
-    packed."""
+    """Return a link as the tensors and the texts of a file: its numbers, and the arrays of those that were packed."""
     tensors = {f"{name}.{position}": tensor for position, tensor in enumerate(link.tensors)}
     packed = []
     for position, (key, item) in enumerate(link.packed.items()):
-        packed.append([key, item.codec, item.seed, list(item.arrays)])
         # A copy: arrays that came from elsewhere may be read-only.
-        tensors |= {f"{name}.packed.{position}.{array}": torch.from_numpy(v.copy()) for array, v in item.arrays.items()}
+        arrays = {array: torch.from_numpy(values.copy()) for array, values in item.arrays.items()}
+        stated = [key, item.codec, item.seed, list(arrays)]
+        packed.append([*stated, _seal(stated, arrays)])
+        tensors |= {f"{name}.packed.{position}.{array}": values for array, values in arrays.items()}
     return tensors, {name: json.dumps(describe(link)), f"{name}.packed": json.dumps(packed)}
 
 
 def _from_file(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Link:
     packed = {}
-    for position, (key, codec, seed, arrays) in enumerate(json.loads(metadata[f"{name}.packed"])):
-        packed[key] = Packed(
-            codec, seed, {array: tensors[f"{name}.packed.{position}.{array}"].numpy() for array in arrays}
-        )
+    for position, (*stated, seal) in enumerate(json.loads(metadata[f"{name}.packed"])):
+        key, codec, seed, names = stated
+        arrays = {array: tensors[f"{name}.packed.{position}.{array}"] for array in names}
+        if _seal(stated, arrays) != seal:
+            raise ValueError(f"the encoded numbers of {key!r} are not what their digest says")
+        packed[key] = Packed(codec, seed, {array: values.numpy() for array, values in arrays.items()})
     description = json.loads(metadata[name])
     numbers = [tensors[f"{name}.{position}"] for position in range(len(slots(description)))]
     return replace(restore(description, numbers), packed=packed)
+
+
+def _seal(stated: Json, arrays: Mapping[str, Tensor]) -> str:
+    """Return a digest of how a tensor travels: the link's own covers its numbers alone."""
+    return hashlib.sha256(json.dumps([stated, sketch.digest_all(arrays)]).encode()).hexdigest()

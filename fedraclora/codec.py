@@ -3,7 +3,6 @@
 import functools
 import json
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 from fedraclora.compressors import COMPRESSORS, Compressor
@@ -21,5 +20,10 @@ def codec_text(name: str, config: Mapping[str, Any]) -> str:
 def codec_of(text: str) -> Compressor:
     """Return the compressor that a text names. Raises ValueError for one that is not there or has other settings."""
     name, config = json.loads(text) if text else (PLAIN, {})
-    compressor: Compressor = find(COMPRESSORS, name).build(SimpleNamespace(**config))
+    plugin = find(COMPRESSORS, name)
+    try:
+        settings = plugin.Config(**config)
+    except TypeError as error:
+        raise ValueError(f"compressor {name!r} has other settings than {config}: {error}") from error
+    compressor: Compressor = plugin.build(settings)
     return compressor

@@ -189,7 +189,7 @@ def _pack(  # noqa: PLR0913 - the two halves of a delivery and what they share
         "digest": extend_hash(chain.hash, "" if link is None else link.digest),
         "sketches": sketch_digest(link),
         # Without the open link the tensors that it sets may be old at the replica, so there is nothing to compare.
-        "weights": "" if link is None else chain.weights_digest(),
+        "weights": chain.weights_digest() if link is not None or chain.open is None else "",
     }
     return Delivery(json.dumps(header, separators=(",", ":")), parcel.arrays())
 
@@ -233,7 +233,8 @@ def receive(replica: Chain, delivery: Delivery, *, kept: Kept | None = None) -> 
     snapshot of everything only. Raises VersionMismatch where links are missing in between, a link is not what its
     digest says, this machine draws other factors, or the digest at the end differs from the sender's; the replica is
     then as it was, but for its open link. Raises it, too, where the merged numbers differ from the sender's; the
-    replica is then spoilt."""
+    replica is then spoilt.
+    """
     contents = _keep_drawn(_unpack(delivery, replica.num_links, kept or {}), replica.open)
     replica.open = None
     is_snapshot = _takes_snapshot(replica, contents)
@@ -309,14 +310,14 @@ def _check_after(replica: Chain, contents: _Contents) -> None:
 
 
 def _unpack(delivery: Delivery, num_held: int, kept: Kept) -> _Contents:
-    header = json.loads(delivery.header)
+    header, held = json.loads(delivery.header), Needs(num_held) if num_held >= 0 else Needs(base=True)
     shapes, kinds = _shapes(header)
     missing = sorted(
         {kind for kind in shapes if "flat" not in delivery.arrays.get(kind, {})} | (kinds - delivery.arrays.keys())
     )
     if missing:
         reason = f"a delivery lacks its arrays {missing}; it holds {sorted(delivery.arrays)}"
-        raise VersionMismatch(reason, Needs(num_held))
+        raise VersionMismatch(reason, held)
     unloading, current = unload(shapes, delivery.arrays, kept), header["current"]
     try:
         opened = None
@@ -328,7 +329,7 @@ def _unpack(delivery: Delivery, num_held: int, kept: Kept) -> _Contents:
             for whole, sent, description, ways in header["links"]
         ]
     except NotKept as error:
-        raise VersionMismatch(str(error), Needs(num_held)) from error
+        raise VersionMismatch(str(error), held) from error
     names = [name for name, _ in header["snapshot"]["tensors"]] if "snapshot" in header else []
     snapshot = dict(zip(names, unloading.plain.get(SNAPSHOT, []), strict=True))
     return _Contents(header=header, closed=closed, opened=opened, snapshot=snapshot)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,14 @@ def write_json(path: Path, value: object) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write named tensors and text metadata as safetensors, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors.torch.save(plain, metadata=dict(metadata)))
+    uses = Counter(_memory(tensor) for tensor in plain.values())
+    # The format refuses tensors that share memory, as those of a link do that has one factor twice.
+    apart = {name: tensor.clone() if uses[_memory(tensor)] > 1 else tensor for name, tensor in plain.items()}
+    write_atomically(path, safetensors.torch.save(apart, metadata=dict(metadata)))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,7 +2,8 @@
 
 A gradient is `[clients, ...]` for the clients that still train. Projection is that of FedSLoP (arXiv 2604.24012),
 blocks are the subspaces of FedKRSO (arXiv 2602.03019), and privacy of examples is DP-SGD (M. Abadi et al., 2016, arXiv
-1607.00133) on what is trained."""
+1607.00133) on what is trained.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

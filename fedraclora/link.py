@@ -219,7 +219,7 @@ class Link:
 
     @property
     def factors(self) -> dict[str, Factor]:
-        """Return all factors by name (`fc1.lora_a`), counted as in `named_tensors`; a layer's last term is what trains."""
+        """Return all factors by name (`fc1.lora_a`), counted as in `named_tensors`; a layer's last term trains."""
         return {
             name + suffix: factor
             for term, suffix in zip(self.terms, self._suffixes, strict=True)
@@ -357,9 +357,7 @@ def slots(description: Json) -> list[Slot]:
             entries = [(f"{target}.{name}", factor) for name, factor in zip(FACTORS, fields[1:], strict=False)]
         else:
             entries = [(_whole(kind, target), ["sent", fields[0]])]
-        found += [
-            Slot(kind, name + suffix, tuple(rest[0])) for name, (source, *rest) in entries if source == "sent"
-        ]
+        found += [Slot(kind, name + suffix, tuple(rest[0])) for name, (source, *rest) in entries if source == "sent"]
     return found
 
 
@@ -409,22 +407,34 @@ def _restore_factor(description: Json, waiting: list[Tensor]) -> Factor:
 def narrow(link: Link, ranks: Mapping[str, int], scales: Mapping[str, float]) -> Link:
     """Return the link with the first `ranks[layer]` rank components of each layer, scaled by `scales[layer]`.
 
-    What the factors lose or gain by the other scale is folded into lora_b, so that the product is the first components
-    of the whole one. Differs from nothing that is drawn: a key keeps its rank and counts its rows.
+    What the factors lose or gain by the other scale is folded into lora_b, or into the next factor where lora_b is
+    drawn, so that the product is the first components of the whole one. Nothing is drawn otherwise: a key keeps its
+    rank and counts its rows. A tensor that changes travels as it is, however the whole one was encoded.
     """
     terms = [
         _narrow(term, ranks[term.layer], scales[term.layer]) if isinstance(term, LowRank) else term
         for term in link.terms
     ]
-    return replace(link, terms=tuple(terms))
+    cut, whole = Link(link.index, tuple(terms), link.rule), link.named_tensors
+    packed = {name: item for name, item in link.packed.items() if cut.named_tensors[name] is whole[name]}
+    return replace(cut, packed=packed)
 
 
 def _narrow(term: LowRank, rank: int, scale: float) -> LowRank:
-    lora_b = _first(term.lora_b, rank, axis=1)
-    if isinstance(lora_b, Tensor) and scale != term.scale:
-        lora_b = lora_b * (term.scale / scale)
     core = None if term.core is None else _first(_first(term.core, rank, axis=0), rank, axis=1)
-    return LowRank(term.layer, scale, _first(term.lora_a, rank, axis=0), lora_b, core)
+    cut = LowRank(term.layer, scale, _first(term.lora_a, rank, axis=0), _first(term.lora_b, rank, axis=1), core)
+    return cut if scale == term.scale else _multiply(cut, term.scale / scale)
+
+
+def _multiply(term: LowRank, ratio: float) -> LowRank:
+    """Return the term with the first of its factors that is not drawn, lora_b before the others, times `ratio`."""
+    for name in ("lora_b", "lora_a", "core"):
+        factor = term.factors.get(f"{term.layer}.{name}")
+        if isinstance(factor, Zero):
+            return term
+        if isinstance(factor, Tensor):
+            return term.with_factors({f"{term.layer}.{name}": factor * ratio})
+    return term
 
 
 def _first(factor: Factor, rank: int, *, axis: int) -> Factor:

@@ -88,7 +88,7 @@ def local_batches(
         raise ValueError("a client has no data to train on")
     width = min(config.batch_size, num)
     per_epoch = ceil(num / width)
-    steps = config.steps or config.epochs * per_epoch
+    steps = config.num_steps(num)
     order = generator(seed)
     if is_sampled:
         drawn = [order.permutation(num)[:width] for _ in range(steps)]

@@ -1,6 +1,7 @@
 """How a client trains in one round."""
 
 from dataclasses import dataclass
+from math import ceil
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -23,6 +24,10 @@ class LocalConfig:
     batch_size: int = 32
     proximal: float = 0.0
     clip_norm: float = 0.0
+
+    def num_steps(self, num_examples: int) -> int:
+        """Return the local steps of a client with so many examples."""
+        return self.steps or self.epochs * ceil(num_examples / min(self.batch_size, num_examples))
 
     def __post_init__(self) -> None:
         """Refuse values that cannot train."""

@@ -5,6 +5,8 @@ shapes are known to the receiver from the plan and the links. Nothing here is en
 inside.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +28,16 @@ class Packed:
     codec: str
     seed: int
     arrays: Mapping[str, FlatArray]
+
+
+def digest_arrays(arrays: Mapping[str, Mapping[str, FlatArray]]) -> str:
+    """Return a digest of named arrays by kind, whatever the order of the mappings."""
+    hasher = hashlib.sha256()
+    for kind, name in sorted((kind, name) for kind, group in arrays.items() for name in group):
+        array = np.ascontiguousarray(arrays[kind][name])
+        hasher.update(json.dumps([kind, name, array.dtype.name, array.size]).encode())
+        hasher.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return hasher.hexdigest()
 
 
 def flatten(tensors: Sequence[Tensor]) -> FlatArray:

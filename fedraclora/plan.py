@@ -34,7 +34,8 @@ class Training:
     `sends_factor` such a weight's difference is sent as the factor that goes with the drawn one. `blocks` cuts the rank
     into blocks of which one trains at a time, each for `block_steps` steps, in an order of the client's own. `moments`
     says what becomes of the optimiser's first moments between rounds: `reset`, `carry` as they are, or `transport` into
-    the new link's basis."""
+    the new link's basis.
+    """
 
     parts: Mapping[str, str] = field(default_factory=dict)
     dense: tuple[str, ...] = ()
@@ -89,7 +90,8 @@ class Sending:
 
     `feedback` is one of `FEEDBACKS`. `memory` says what becomes of residuals and control variates in a new link, whose
     basis is another: `drop`, `carry` as they are, or `transport`. `clip` bounds the Euclidean norm of a client's whole
-    update; 0 is no bound. `variates`: SCAFFOLD's."""
+    update; 0 is no bound. `variates`: SCAFFOLD's.
+    """
 
     codec: str = ""
     feedback: str = "none"

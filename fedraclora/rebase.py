@@ -1,5 +1,4 @@
-"""What a client or a server remembers, across links: it was gathered in the old link's basis, and the new link has
-another.
+"""What a client or a server remembers, across links: it lives in the old link's basis, and the new link has another.
 
 For a trained B the gradient lives in the rows of A, so a remembered `m` (a first moment, a compressor's residual, a
 control variate) stands for the direction `m A_old` in weight space; `transport` takes the closest direction that the
@@ -26,14 +25,18 @@ def rebase(remembered: Remembered, old: Link, new: Link, *, mode: str) -> tuple[
 
     `mode` is `drop`, `carry` (as it is) or `transport`; where a tensor's basis is the same nothing changes. The loss is
     the Frobenius norm, in weight space, of what is no longer there over that of what was: 0 for nothing lost, 1 for
-    all; what is carried into an unrelated basis points elsewhere, which is a loss of up to 2."""
+    all; what is carried into an unrelated basis points elsewhere, which is a loss of up to 2.
+    """
     kept: dict[str, Tensor] = {}
     before, gone = 0.0, 0.0
     for key, tensor in remembered.items():
         basis, other = _basis(key, old), _basis(key, new)
+        if basis is None or other is None:
+            # Without a drawn factor beside it in both links there are no two bases to compare.
+            basis = other = None
         was = _in_weight_space(key, tensor, basis)
-        kept[key] = tensor if basis is None or other is None or basis == other else _move(key, tensor, was, other, mode)
-        lost = was - _in_weight_space(key, kept[key], basis if other is None else other)
+        kept[key] = tensor if other is None or basis == other else _move(key, tensor, was, other, mode)
+        lost = was - _in_weight_space(key, kept[key], other)
         before += float(was.double().square().sum())
         gone += float(lost.double().square().sum())
     return kept, (gone / before) ** 0.5 if before else 0.0

@@ -11,6 +11,7 @@ updates hold the same bits: a rule on merged updates costs no bytes.
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class ServerRule:
 
 @torch.no_grad()
 def step_(rule: ServerRule, slots: MutableMapping[str, Tensor], name: str, update: Tensor) -> Tensor:
-    """Return the step that `rule` takes for `update`; `slots` holds the moments by `name`, and is changed.
+    """Return the step that `rule` takes for `update`; `slots` holds the moments by `name`, and is changed (all on CPU).
 
     With u the update: sgd `lr u`; momentum `m = beta1 m + u`, step `lr m`; the others `m = beta1 m + (1 - beta1) u`,
     step `lr m / (sqrt(v) + tau)` with v as in `_second_moment`.
@@ -67,7 +68,12 @@ def step_(rule: ServerRule, slots: MutableMapping[str, Tensor], name: str, updat
         return first * rule.lr
     second = _second_moment(rule, slots.get(f"{name}/second"), update.square())
     slots[f"{name}/second"] = second
-    return first * rule.lr / (second.sqrt() + rule.tau)
+    return first * rule.lr / (_root(second) + rule.tau)
+
+
+def _root(square: Tensor) -> Tensor:
+    """Return the square root, correctly rounded; PyTorch's own is off by the last bit for some numbers."""
+    return torch.from_numpy(np.asarray(np.sqrt(square.numpy())))
 
 
 def _second_moment(rule: ServerRule, before: Tensor | None, square: Tensor) -> Tensor:

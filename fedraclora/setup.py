@@ -42,8 +42,8 @@ class Setup:
     """The model (`base` is the digest of its initial weights), the data, and how a machine computes.
 
     `validation` is the share of the training examples that nobody trains on, 0 where the server evaluates on a test
-    set of its own. `num_clients` partitions are made of the data set where a machine has no data of its own. Each client
-    holds out the share `personal` of its examples to score its own model on, drawn from `personal_seed`.
+    set of its own. `num_clients` partitions are made of the data set where a machine has no data of its own. Each
+    client holds out the share `personal` of its examples to score its own model on, drawn from `personal_seed`.
     """
 
     base: str

@@ -87,8 +87,7 @@ class SketchKey:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return the shape of the factor: `[rank, dim]`, or `[dim, rank]` for side a; `rows` counts in place of
-        rank."""
+        """Return the factor's shape: `[rank, dim]`, `[dim, rank]` for side a; `rows` counts in place of rank."""
         rank = self.rows or self.rank
         return (self.dim, rank) if self.side == "a" else (rank, self.dim)
 

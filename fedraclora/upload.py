@@ -122,7 +122,7 @@ def sent_values(
     return values, starts
 
 
-def pack(
+def pack(  # noqa: PLR0913 - what trained, what is remembered, and how the round has it sent
     sending: Sending, values: Named, starts: Named, memory: Named, *, seed: int, expected: Manifest, is_whole: bool
 ) -> Outgoing:
     """Return what a client sends; `memory` is what it remembers, `is_whole` MARINA's coin."""

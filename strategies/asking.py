@@ -1,7 +1,7 @@
 """What a round asks of a client, and what a usable reply to it holds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
@@ -11,17 +11,39 @@ from fedraclora.delivery import Needs, OpenLink, deliver, sketch_digest
 from fedraclora.ledger import LedgerRow
 from fedraclora.link import Link, narrow, shape_of
 from fedraclora.payload import flatten
-from fedraclora.plan import RoundPlan, Value
-from fedraclora.seeding import derive_seed
+from fedraclora.plan import NO_SEED, RoundPlan, Training, Value
+from fedraclora.seeding import derive_seed, stream
 from fedraclora.travel import FLAT
 from fedraclora.upload import VARIATES_KIND, Manifest, manifest
 from strategies.replies import Expected
+from strategies.rounds import RoundSettings
+
+
+def plan_round(round: int, training: Training, settings: RoundSettings, clip: float | None) -> RoundPlan:
+    """Return the plan of a round in which the clients train `training`; `clip` is the current one where it adapts."""
+    privacy, sending = settings.privacy, settings.sending
+    plan = RoundPlan(
+        round=round,
+        training=training,
+        local=settings.local,
+        sending=sending,
+        batch_seed=derive_seed(stream(settings.seed, "batches"), "round", round),
+    )
+    if privacy is None:
+        return plan
+    if privacy.level == "client":
+        return replace(plan, sending=replace(sending, clip=clip or privacy.clip))
+    # The operating system's entropy hides what a seed that others know would give away.
+    noise_seed = NO_SEED if settings.is_deployed else derive_seed(stream(settings.seed, "noise"), "round", round)
+    return replace(plan, noise_seed=noise_seed, example_clip=privacy.clip, example_noise=privacy.noise)
 
 
 @dataclass(frozen=True)
 class Own:
-    """What a plan says to one client alone: the round whose state it starts from, its factor on the learning rate, and
-    whether it sends everything (MARINA's coin).
+    """What a plan says to one client alone.
+
+    The round whose state it starts from, its factor on the learning rate, and whether it sends everything (MARINA's
+    coin).
     """
 
     start_state: int
@@ -74,21 +96,27 @@ class Asked:
         )
 
 
-def view_for(chain: Chain, plan: RoundPlan, *, rank: int, alpha: float | None) -> View:
-    """Return the chain's open link for clients of at most `rank` (0: the link's own), and what is expected of them.
+def link_of_rank(link: Link, rank: int, alpha: float | None) -> Link:
+    """Return a link as the clients of a rank have it: its first components, in the scale `alpha / rank`.
 
-    A client of a smaller rank has the scale `alpha / rank` of its own, where alpha is given.
+    0 stands for the link's own rank. Where alpha is not given the scale is the link's.
     """
-    assert chain.open is not None
-    terms = chain.open.low_rank_terms()
-    full = {layer: shape_of(term.lora_a)[0] for layer, term in terms.items()}
-    ranks = {layer: min(full[layer], rank or full[layer]) for layer in terms}
+    if not rank:
+        return link
+    ranks = {layer: min(rank, shape_of(term.lora_a)[0]) for layer, term in link.low_rank_terms().items()}
+    terms = link.low_rank_terms()
     scales = {layer: term.scale if alpha is None else alpha / ranks[layer] for layer, term in terms.items()}
-    link = narrow(chain.open, ranks, scales) if rank else chain.open
+    return narrow(link, ranks, scales)
+
+
+def view_for(chain: Chain, plan: RoundPlan, *, rank: int, alpha: float | None) -> View:
+    """Return the chain's open link for clients of at most `rank` (0: the link's own), and what is expected of them."""
+    assert chain.open is not None
+    link = link_of_rank(chain.open, rank, alpha)
+    ranks = {layer: shape_of(term.lora_a)[0] for layer, term in link.low_rank_terms().items()} if rank else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in chain.merged.items()}
     dtype = next(tensor.dtype for tensor in chain.merged.values() if tensor.is_floating_point())
-    expected = manifest(plan.training, link, shapes, dtype)
-    return View(link, extend_hash(chain.hash, link.digest), expected, ranks if rank else {})
+    return View(link, extend_hash(chain.hash, link.digest), manifest(plan.training, link, shapes, dtype), ranks)
 
 
 @dataclass(frozen=True)

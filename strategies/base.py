@@ -7,11 +7,9 @@ strategy works with any Grid.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from statistics import mean
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -20,30 +18,25 @@ from fedraclora.chain import Chain
 from fedraclora.delivery import NOTHING, Needs
 from fedraclora.ledger import DOWN, UP, LedgerRow, bytes_by_partition
 from fedraclora.link import Link
-from fedraclora.plan import NO_SEED, NO_STATE, RoundPlan
-from fedraclora.privacy import next_clip, noise_generator, noisy_share
-from fedraclora.seeding import derive_seed, stream
-from strategies.asking import Asked, Contents, Own, view_for
+from fedraclora.plan import NO_STATE, RoundPlan
+from strategies.advancing import Advance
+from strategies.asking import Asked, Contents, Own, plan_round, view_for
 from strategies.exchange import exchange
 from strategies.memory import VARIATES
-from strategies.merging import (
-    Finish,
-    aggregation_gap,
-    combine,
-    estimate_reply,
-    private_mean,
-    update_variates,
-    values_of,
-    widen,
-)
-from strategies.method import ClientUpdate, Method, Updates
-from strategies.replies import BadReply, Reply, read_held, read_needs, read_reply
+from strategies.method import Method
+from strategies.replies import BadReply, Reply, mean_lost, personal_accuracy, read_held, read_needs, read_reply
 from strategies.roster import Roster
 from strategies.rounds import NOBODY, QUERY_LINKS, RoundReport, RoundSettings, flip_coin, ledger_rows, sample_cohort
 from strategies.state import BudgetTooSmall, ServerState, exceeded
 from strategies.wire import content_bytes
 
 log = logging.getLogger("fedraclora")
+
+FOREIGN_LOOP = (
+    "ChainStrategy runs its own rounds (`start`, `rounds`): what merges links cannot be driven by another loop, such "
+    "as that of Flower's DifferentialPrivacy wrappers, whose noise would come too late. Set privacy.level, "
+    "privacy.clip and privacy.noise instead"
+)
 
 
 class ChainStrategy(Strategy):
@@ -88,14 +81,14 @@ class ChainStrategy(Strategy):
         for round in range(self.state.round + 1, num_rounds + 1):
             began = time.perf_counter()
             met = self._roster.meet(grid, self._introduction(), self.state, round)
-            messages = self.configure_train(round, ArrayRecord(), ConfigRecord(), grid)
+            messages = self.open_round(round, grid)
             if self.stop_reason is not None:
                 if self.state.traffic.total_bytes == 0:
                     raise BudgetTooSmall(f"no round affordable: {self.stop_reason}")
                 return
             self._now.rows += met
-            self.aggregate_train(round, exchange(grid, messages, timeout_s=timeout_s, follow_up=self._follow_up))
-            self.report = self._finish(self.report, time.perf_counter() - began)
+            replies = exchange(grid, messages, timeout_s=timeout_s, follow_up=self._follow_up)
+            self.report = self._finish(self.close_round(round, replies), time.perf_counter() - began)
             yield self.report
 
     def connect(self, grid: Grid) -> list[LedgerRow]:
@@ -120,26 +113,33 @@ class ChainStrategy(Strategy):
         traffic = self.state.charge(report.rows)
         return replace(report, traffic=traffic, round_s=round_s)
 
-    # ---- one round, Flower's five phases
+    # ---- one round
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
+    def open_round(self, round: int, grid: Grid) -> list[Message]:
         """Return one message a client of the round's cohort: the plan, and what this client lacks of the model.
 
-        With eager broadcast the other clients that lack closed links get those. `arrays` and `config` are not used: the
-        chain is the model. Sets `stop_reason` where the budget forbids the round.
+        With eager broadcast the other clients that lack closed links get those. Sets `stop_reason` where the budget
+        forbids the round.
         """
-        if self.chain.open is None:
-            self.chain.open_link(self.method.open_link(self.chain.num_links, self.chain.merged))
-        cohort = self._cohort(server_round)
-        self._asked = self._ask(self._plan(server_round), cohort)
+        link = self._open_link()
+        cohort = self._cohort(round)
+        training = self.method.trains(round, link)
+        self._asked = self._ask(plan_round(round, training, self.settings, self.state.clip), cohort)
         messages = self._train_messages(cohort) + self._broadcast(cohort)
         down = bytes_by_partition(self._now.rows)
         up = {partition: self._now.expected(partition).num_bytes for partition in sorted(self._now.sent)}
         self.stop_reason = exceeded(self.settings.budget, self.state, down, up)
-        self.report = RoundReport(round=server_round, link=self.chain.num_links, num_clients=len(cohort))
+        self.report = RoundReport(round=round, link=self.chain.num_links, num_clients=len(cohort))
         return messages
+
+    def _open_link(self) -> Link:
+        """Return the open link; where none is, the method opens one."""
+        if self.chain.open is not None:
+            return self.chain.open
+        link = self.method.open_link(self.chain.num_links, self.chain.merged)
+        self.chain.open_link(link)
+        self.state.open_since = dict.fromkeys(link.explicit_factors, self.chain.version)
+        return link
 
     def _cohort(self, round: int) -> list[int]:
         settings = self.settings
@@ -213,29 +213,6 @@ class ChainStrategy(Strategy):
         self._now.rows += ledger_rows(message, round, DOWN, partition, content=size)
         return message
 
-    def _plan(self, round: int) -> RoundPlan:
-        assert self.chain.open is not None
-        settings, privacy = self.settings, self.settings.privacy
-        hides_clients = privacy is not None and privacy.level == "client"
-        hides_examples = privacy is not None and privacy.level == "example"
-        noise_seed = NO_SEED if settings.is_deployed else derive_seed(stream(settings.seed, "noise"), "round", round)
-        return RoundPlan(
-            round=round,
-            training=self.method.trains(round, self.chain.open),
-            local=settings.local,
-            sending=replace(settings.sending, clip=self._clip) if hides_clients else settings.sending,
-            batch_seed=derive_seed(stream(settings.seed, "batches"), "round", round),
-            noise_seed=noise_seed if hides_examples else NO_SEED,
-            example_clip=privacy.clip if privacy is not None and hides_examples else 0.0,
-            example_noise=privacy.noise if privacy is not None and hides_examples else 0.0,
-        )
-
-    @property
-    def _clip(self) -> float:
-        """Return the current bound on the clients' updates."""
-        assert self.settings.privacy is not None
-        return self.state.clip or self.settings.privacy.clip
-
     def _follow_up(self, asked: Message, reply: Message) -> Message | None:
         """Return the second message of a round to a client that needs something before it can train."""
         lacking = read_needs(reply)
@@ -259,27 +236,24 @@ class ChainStrategy(Strategy):
             content["setup"] = self._introduction()["setup"]
         return self._message(asked.metadata.message_type, partition, content, content_bytes(content))
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the replies, and with enough usable ones replace the open link by their aggregate.
-
-        Returns no arrays (the chain is the model) and the round's counts; `report` holds the rest.
-        """
-        usable, failures, diverged = self._sort(server_round, replies)
+    def close_round(self, round: int, replies: Iterable[Message]) -> RoundReport:
+        """Check the replies, replace the open link by the aggregate of enough usable ones, and return the report."""
+        usable, failures, diverged = self._sort(round, replies)
         clip = self._now.plan.sending.clip or float("nan")
         is_updated = len(usable) >= self.settings.min_replies
-        gap = self._update(usable) if is_updated else float("nan")
+        advance = Advance(self.method, self.chain, self.state, self.settings, self._now)
+        gap = advance.update(usable) if is_updated else float("nan")
+        advance.count_steps(usable)
         if not is_updated:
             log.warning(
                 "round %d: %d usable replies, %d needed; the model is unchanged",
-                server_round,
+                round,
                 len(usable),
                 self.settings.min_replies,
             )
         examples = sum(reply.num_examples for reply in usable.values())
         loss = sum(reply.train_loss * reply.num_examples for reply in usable.values()) / max(examples, 1)
-        self.report = replace(
+        return replace(
             self.report,
             num_ok=len(usable),
             num_failed=len(failures),
@@ -289,13 +263,12 @@ class ChainStrategy(Strategy):
             has_diverged=not usable and bool(failures) and diverged == len(failures),
             train_loss=loss if usable else float("nan"),
             aggregation_gap=gap,
-            personal_accuracy=_personal_accuracy(usable),
-            lost=_lost(usable),
+            personal_accuracy=personal_accuracy(usable.values()),
+            lost=mean_lost(usable.values()),
             clip=clip,
             rows=self._now.rows,
             failures=failures,
         )
-        return None, MetricRecord({"num-ok": len(usable), "num-failed": len(failures), "train-loss": loss})
 
     def _sort(self, round: int, replies: Iterable[Message]) -> tuple[dict[int, Reply], dict[int, str], int]:
         """Return the usable replies and the reasons of the others by partition, and how many of those diverged."""
@@ -333,75 +306,19 @@ class ChainStrategy(Strategy):
             if message.metadata.message_type != QUERY_LINKS:
                 self.state.held_open[partition] = min(held.open_version, self.chain.version)
 
-    def _update(self, usable: dict[int, Reply]) -> float:
-        """Append what the replies make of the log, and return the gap of the aggregation (NaN where it is not
-        asked)."""
-        chain, settings, state, plan = self.chain, self.settings, self.state, self._now.plan
-        assert chain.open is not None
-        start = chain.open
-        updates = {partition: self._read_update(partition, reply) for partition, reply in usable.items()}
-        step = self.method.aggregate(chain.merged, start, self._combined(updates, start))
-        has_gap = settings.verify and self.method.traits.is_global
-        gap = aggregation_gap(chain.merged, start, step, updates) if has_gap else float("nan")
-        finish = Finish(settings.rule, settings.downlink, self.method.traits.merges)
-        closes = self.method.closes(chain.updates_in_link + 1)
-        seed = derive_seed(stream(settings.seed, "batches"), "downlink", plan.round)
-        link, merged = finish.apply(chain, step, state.memory, closes=closes, seed=seed)
-        chain.update(link, close=closes, merged=merged)
-        state.open_since = unchanged_since(start, chain.open, state.open_since, chain.version)
-        state.last_used |= dict.fromkeys(usable, self.report.round)
-        if plan.sending.variates:
-            changes = {partition: reply.variates for partition, reply in usable.items()}
-            memory, clients = state.memory, settings.num_clients
-            update_variates(memory, changes, start, num_clients=clients, mode=plan.sending.memory)
-        self._account(usable)
-        return gap
+    # ---- Flower's phases, which only a foreign loop would call
 
-    def _read_update(self, partition: int, reply: Reply) -> ClientUpdate:
-        """Return a client's values in the open link's own rank and scale, and its weight."""
-        plan, view = self._now.plan, self._now.view(partition)
-        assert self.chain.open is not None
-        link, full = view.link.of_client(partition), self.chain.open.of_client(partition)
-        values = reply.sent
-        if plan.sending.sends_differences:
-            if plan.sending.feedback in ("ef21", "marina"):
-                whole = self._now.own[partition].is_whole
-                values = estimate_reply(self.state.memory, partition, reply, link, plan, is_whole=whole)
-            values = values_of(values, link, self.chain.merged)
-        is_uniform = self.settings.weighting == "uniform" or self.settings.privacy is not None
-        weight = 1.0 if is_uniform else float(reply.num_examples)
-        return ClientUpdate(widen(values, link, full) if view.ranks else values, weight, full, view.ranks)
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Raise RuntimeError: a wrapper's loop would merge links without its own noise."""
+        raise RuntimeError(FOREIGN_LOOP)
 
-    def _combined(self, updates: Updates, start: Link) -> Updates:
-        """Return the updates that enter the method's mean."""
-        settings, privacy, round = self.settings, self.settings.privacy, self._now.plan.round
-        if privacy is None or privacy.level != "client":
-            return combine(updates, start, self.chain.merged, settings.robust)
-        seed = None if settings.is_deployed else derive_seed(stream(settings.seed, "noise"), "server", round)
-        return private_mean(
-            updates,
-            start,
-            self.chain.merged,
-            privacy,
-            clip=self._clip,
-            cohort_size=settings.cohort_size,
-            generator=noise_generator(seed),
-        )
-
-    def _account(self, usable: dict[int, Reply]) -> None:
-        """Move an adaptive clip, and count the private steps."""
-        settings, privacy, state = self.settings, self.settings.privacy, self.state
-        if privacy is None:
-            return
-        for partition, reply in usable.items():
-            state.num_steps[partition] = state.num_steps.get(partition, 0) + reply.num_steps
-            state.num_examples[partition] = reply.num_examples
-        if privacy.adaptive:
-            round = self._now.plan.round
-            seed = None if settings.is_deployed else derive_seed(stream(settings.seed, "noise"), "count", round)
-            within = [reply.is_within for reply in usable.values()]
-            share = noisy_share(within, privacy, cohort_size=settings.cohort_size, generator=noise_generator(seed))
-            state.clip = next_clip(self._clip, share, privacy)
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Raise RuntimeError, as `configure_train`."""
+        raise RuntimeError(FOREIGN_LOOP)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -444,27 +361,3 @@ class ChainStrategy(Strategy):
             if evaluate_fn is not None and (metrics := evaluate_fn(report.round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[report.round] = metrics
         return result
-
-
-def unchanged_since(before: Link, after: Link | None, since: Mapping[str, int], version: int) -> dict[str, int]:
-    """Return the version since which each factor of the open link has stood as it is, bit for bit."""
-    if after is None:
-        return {}
-    old, new = before.explicit_factors, after.explicit_factors
-    return {
-        name: since.get(name, version) if name in old and torch.equal(old[name], tensor) else version
-        for name, tensor in new.items()
-    }
-
-
-def _personal_accuracy(usable: Mapping[int, Reply]) -> float:
-    held_out = sum(reply.num_held_out for reply in usable.values())
-    return sum(reply.num_correct for reply in usable.values()) / held_out if held_out else float("nan")
-
-
-def _lost(usable: Mapping[int, Reply]) -> dict[str, float]:
-    purposes = {purpose for reply in usable.values() for purpose in reply.lost}
-    return {
-        purpose: mean([reply.lost[purpose] for reply in usable.values() if purpose in reply.lost])
-        for purpose in sorted(purposes)
-    }

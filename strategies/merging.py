@@ -2,7 +2,8 @@
 
 Replies become values in the open link's own rank and scale; another aggregate than the mean, or noise, takes the place
 of the clients; the method makes a step of them; the server's optimiser and the downlink's compressor have the last
-word."""
+word.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,8 @@ class Robust:
     """What takes the place of the mean.
 
     `trim` is how many values the trimmed mean drops at either end, `num_attackers` how many clients Krum expects to
-    lie, `num_chosen` how many multi-Krum averages. `max_norm` bounds each client's whole difference; 0 is no bound."""
+    lie, `num_chosen` how many multi-Krum averages. `max_norm` bounds each client's whole difference; 0 is no bound.
+    """
 
     aggregate: str = "mean"
     trim: int = 1
@@ -56,7 +58,7 @@ class Robust:
 # ---- from replies to updates
 
 
-def estimate_reply(
+def estimate_reply(  # noqa: PLR0913 - the reply, and what both ends know of how it was encoded
     memory: Memory, client: int, reply: Reply, link: Link, plan: RoundPlan, *, is_whole: bool
 ) -> dict[str, Tensor]:
     """Return a client's difference by the server's estimate, which its reply moves, and remember that.
@@ -211,7 +213,8 @@ class Finish:
     """What becomes of a method's step: the server's optimiser, and the compressor of the downlink.
 
     `merges` says that the optimiser works on what links merge, and is replayed; else it works on the open link's
-    numbers."""
+    numbers.
+    """
 
     rule: ServerRule = field(default_factory=ServerRule)
     codec: str = ""

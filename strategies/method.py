@@ -52,7 +52,8 @@ class Traits:
     noisy mean) can take its place. `merges`: links are merged for good, so that a server's optimiser works on the
     merged update and is replayed by the replicas; else it works on the open link's factors. `has_ranks`: clients may
     have ranks of their own. `has_private_draws`: `sketch.shared=false` means something to it. `is_global`: there is one
-    model for all (else a client's own tensors complete it, and its accuracy is that of the clients)."""
+    model for all (else a client's own tensors complete it, and its accuracy is that of the clients).
+    """
 
     is_mean: bool = True
     merges: bool = True
@@ -111,7 +112,8 @@ class Adapter:
         """Return a link that changes nothing yet: per layer one factor drawn from the seed, the other zero.
 
         `sides` are the trained factors: for `b` and `ab` lora_a is drawn, for `a` lora_b is; where `is_private`, by
-        each client for itself. Raises ValueError for a rank that a layer cannot have."""
+        each client for itself. Raises ValueError for a rank that a layer cannot have.
+        """
         return Link(index, tuple(self._term(index, layer, side, is_private) for layer, side in sides.items()))
 
     def key(self, index: int, layer: str, side: str) -> SketchKey:

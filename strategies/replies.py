@@ -1,8 +1,9 @@
 """Reading a client's reply: what it must hold, and why one is refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from statistics import mean
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
@@ -10,12 +11,19 @@ from torch import Tensor
 
 from fedraclora.compressors import Arrays
 from fedraclora.delivery import NOTHING, Needs
+from fedraclora.payload import digest_arrays
 from fedraclora.plan import NO_STATE, Sending
 from fedraclora.upload import VARIATES_KIND, Manifest, decode, unpack
 
 METRIC_KEYS = frozenset({"num-examples", "num-steps", "train-loss", "is-within"})
 SCORE_KEYS = frozenset({"num-correct", "num-held-out"})
 LOST = "lost-"
+# Flower's code for a ClientApp whose mod raised.
+MOD_RAISED = 6
+NO_MODS = (
+    "a mod such as Flower's LocalDpMod does not fit links that are merged; take it out and set privacy.level, "
+    "privacy.clip and privacy.noise"
+)
 
 
 class BadReply(ValueError):
@@ -50,7 +58,8 @@ class Reply:
 
     `sent` are values, differences, or what moves an estimate of them, as the plan asked. `state` is the round whose
     state the client started from. `num_correct` of `num_held_out` examples of its own it got right. `lost` is the share
-    of what it remembered that a new basis cost, by purpose. `variates` is the change of its control variates."""
+    of what it remembered that a new basis cost, by purpose. `variates` is the change of its control variates.
+    """
 
     sent: Mapping[str, Tensor]
     num_examples: int
@@ -67,7 +76,7 @@ class Reply:
 def read_reply(message: Message, expected: Expected) -> Reply:
     """Return the reply that a message carries. Raises BadReply with the reason where it cannot be used."""
     if message.has_error():
-        raise BadReply(f"client error {message.error.code}: {message.error.reason}")
+        raise BadReply(_reason(message))
     lacking = read_needs(message)
     if lacking is not None:
         raise BadReply(f"it could not be brought up to date: {lacking.reason}")
@@ -92,6 +101,11 @@ def read_reply(message: Message, expected: Expected) -> Reply:
         lost={key.removeprefix(LOST): _number(value) for key, value in metrics.items() if key.startswith(LOST)},
         variates=variates,
     )
+
+
+def _reason(message: Message) -> str:
+    hint = f" ({NO_MODS})" if message.error.code == MOD_RAISED else ""
+    return f"client error {message.error.code}: {message.error.reason}{hint}"
 
 
 def _check_metrics(metrics: Mapping[str, object]) -> None:
@@ -136,7 +150,7 @@ class Introduction:
 def read_introduction(message: Message) -> Introduction:
     """Return what a handshake's reply says. Raises BadReply with the reason where it says nothing usable."""
     if message.has_error():
-        raise BadReply(f"client error {message.error.code}: {message.error.reason}")
+        raise BadReply(_reason(message))
     stated: Mapping[str, object] = message.content.metric_records.get("partition", {})
     partition, held, opened = stated.get("partition-id"), stated.get("held"), stated.get("open")
     if not isinstance(partition, int) or partition < 0 or not isinstance(held, int) or not isinstance(opened, int):
@@ -190,6 +204,8 @@ def _read_tensors(message: Message, expected: Expected) -> tuple[dict[str, Tenso
     if set(records) != set(wanted):
         raise BadReply(f"it sends {sorted(records)}, expected {sorted(wanted)}")
     arrays = {kind: _arrays_of(kind, record) for kind, record in records.items()}
+    if message.content.config_records["reply"].get("arrays") != digest_arrays(arrays):
+        raise BadReply(f"its arrays are not those that the client app wrote: {NO_MODS}")
     variates: dict[str, Tensor] = {}
     try:
         sending, seed = expected.sending, expected.codec_seed
@@ -216,3 +232,18 @@ def _check_numbers(tensors: Sequence[Tensor], max_norm: float) -> None:
     norm = sum(float(tensor.double().square().sum()) for tensor in tensors) ** 0.5
     if norm > max_norm:
         raise BadReply(f"the norm of its tensors is {norm:.3g}, allowed is {max_norm:.3g}", is_divergence=True)
+
+
+# ---- what the replies of a round say together
+
+
+def personal_accuracy(replies: Collection[Reply]) -> float:
+    """Return the share of all the examples that clients held out which their own models get right, NaN for none."""
+    held_out = sum(reply.num_held_out for reply in replies)
+    return sum(reply.num_correct for reply in replies) / held_out if held_out else float("nan")
+
+
+def mean_lost(replies: Collection[Reply]) -> dict[str, float]:
+    """Return, by purpose, the mean share of what clients remembered that a new basis cost."""
+    purposes = sorted({purpose for reply in replies for purpose in reply.lost})
+    return {purpose: mean(reply.lost[purpose] for reply in replies if purpose in reply.lost) for purpose in purposes}

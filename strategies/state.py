@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,7 +65,8 @@ class ServerState:
 
     def to_json(self) -> dict[str, Any]:
         """Return the state, but for its memory, as plain values."""
-        return {"traffic": asdict(self.traffic)} | {name: getattr(self, name) for name in (*_BY_PARTITION, *_PLAIN)}
+        parts = {name: deepcopy(getattr(self, name)) for name in (*_BY_PARTITION, *_PLAIN)}
+        return {"traffic": asdict(self.traffic)} | parts
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "ServerState":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Error, Message, MessageType
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType
 
 from clients.app import client_app
 from clients.cohort import Request, train
@@ -24,7 +24,7 @@ from experiments.runtimes.in_process import Fault, InProcessGrid
 from experiments.settings import CompareSettings, Settings
 from fedraclora.chain import Chain
 from fedraclora.link import materialize
-from fedraclora.payload import unflatten
+from fedraclora.payload import digest_arrays, unflatten
 from fedraclora.plugins import names
 from strategies.base import ChainStrategy
 from strategies.rounds import RoundReport
@@ -48,12 +48,16 @@ TINY = {
     "connect_s": 0.05,
 }
 GROUPS = ("method", "model", "dataset", "partition", "runtime", "uplink", "downlink")
+# What a method cannot do without: its model is scored on the clients.
+NEEDED = {"fed_sa_lora": {"personal_fraction": 0.2}}
 Weights = dict[str, torch.Tensor]
 
 
 def settings(kind: type[Settings] = Settings, **changes: Any) -> Any:
     """Return the settings of a tiny run; a plug-in is a name or a pair of a name and its own settings."""
-    values = {**TINY, **changes}
+    method = changes.get("method", TINY["method"])
+    needed = NEEDED.get(method if isinstance(method, str) else method[0], {})
+    values = {**TINY, **needed, **changes}
     for group in GROUPS:
         chosen = values[group]
         name, own = chosen if isinstance(chosen, tuple) else (chosen, {})
@@ -130,7 +134,8 @@ class NodesGrid(RecordingGrid):
             partition = context.node_config["partition-id"]
             own = {"replica-path": str(self.folder / f"disk_{partition}"), "dataset": "files"}
             context.node_config |= {**own, "data-path": str(self.folder / f"data_{partition}.npz")}
-            mine = replica.data.examples.select(replica.data.partitions[partition])
+            held_out = replica.data.held_out.get(partition, np.zeros(0, dtype=np.int64))
+            mine = replica.data.examples.select(np.union1d(replica.data.partitions[partition], held_out))
             self.folder.mkdir(exist_ok=True)
             np.savez(context.node_config["data-path"], inputs=mine.inputs.numpy(), targets=mine.targets.numpy())
         self._app = self._new_process
@@ -217,6 +222,15 @@ def edit_array(reply: Message, change, kind: str | None = None) -> Message:
     name = kind or next(iter(reply.content.array_records))
     values = reply.content.array_records[name]["flat"].numpy().copy()
     reply.content[name] = ArrayRecord({"flat": Array(change(values))})
+    return state_arrays(reply)
+
+
+def state_arrays(reply: Message) -> Message:
+    """Return the reply with the digest of its arrays as they are now, as a client that lies would send it."""
+    arrays = {
+        kind: {n: array.numpy() for n, array in record.items()} for kind, record in reply.content.array_records.items()
+    }
+    reply.content["reply"] = ConfigRecord({**reply.content.config_records["reply"], "arrays": digest_arrays(arrays)})
     return reply
 
 

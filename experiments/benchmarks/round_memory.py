@@ -98,7 +98,7 @@ def _federation(num_clients: int) -> tuple[Replica, ChainStrategy]:
 
 def _training_seconds(replica: Replica, strategy: ChainStrategy) -> float:
     """Return the CPU seconds of the same clients' training without anything around it."""
-    plan = RoundPlan(round=ROUNDS, trained=strategy.method.trains(ROUNDS).factors, local=LOCAL)
+    plan = RoundPlan(round=ROUNDS, training=strategy.method.trains(ROUNDS, replica.link), local=LOCAL)
     trainer, start = replica.prepare(plan)
     owned = replica.data.partitions.items()
     clients = [LocalClient(rows, derive_seed(0, "client", partition)) for partition, rows in owned]

@@ -56,7 +56,7 @@ class Grid:
         targets = zip(split(steps, shapes), split(scales, self._scale_shapes(shapes)), strict=True)
         for piece, (piece_steps, piece_scales) in zip(pieces, targets, strict=True):
             shared_axes = tuple(axis for axis, length in enumerate(piece_scales.shape) if length == 1)
-            piece_scales[...] = to_scales(self.measure(piece, shared_axes) / self.levels)
+            piece_scales[...] = to_scales(self.measure(piece, shared_axes), steps=self.levels)
             piece_steps[...] = self._rounded(piece, piece_scales, rng)
         return {"steps": pack_signed(steps, self.levels), "scales": scales}
 

@@ -1,7 +1,5 @@
 """Scales that are sent as float32, and the random rounding that goes with them."""
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -10,16 +8,17 @@ LARGEST = 2.0**127
 Scales = npt.NDArray[np.float32]
 
 
-def to_scales(numbers: npt.NDArray[Any]) -> Scales:
-    """Return non-negative numbers rounded up to float32, so that what is divided by them does not outgrow its limit.
+def to_scales(limits: npt.NDArray[np.float64], *, steps: int = 1) -> Scales:
+    """Return the smallest float32 scales of which `steps` reach the non-negative `limits`.
 
-    Raises ValueError above 2^127, which leaves room in float32 for what is rounded up.
+    Raises ValueError for limits above 2^127, which leaves room in float32 for what is rounded up.
     """
-    largest = numbers.max(initial=0)
+    largest = limits.max(initial=0)
     if largest > LARGEST:
-        raise ValueError(f"a scale of {largest:.6g} is too large to be sent; expected 2^127 = {LARGEST:.6g} at most")
-    rounded = numbers.astype(np.float32)
-    return np.where(rounded < numbers, np.nextafter(rounded, np.float32(np.inf)), rounded)
+        raise ValueError(f"{largest:.6g} is too large for a scale; expected 2^127 = {LARGEST:.6g} at most")
+    nearest = (limits / steps).astype(np.float32)
+    is_short = nearest.astype(np.float64) * steps < limits
+    return np.where(is_short, np.nextafter(nearest, np.float32(np.inf)), nearest)
 
 
 def checked_scales(scales: Scales) -> Scales:

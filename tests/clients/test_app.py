@@ -27,7 +27,7 @@ def test_a_node_without_a_partition_is_told_what_to_do():
 def test_a_train_message_is_answered_with_arrays_metrics_and_digests_and_the_context_is_left_alone():
     parts = federation(settings())
     parts.strategy.connect(parts.grid)
-    message = parts.strategy.configure_train(1, None, None, parts.grid)[0]
+    message = parts.strategy.open_round(1, parts.grid)[0]
     parts.grid.push_messages([])
     message.metadata.__dict__["_message_id"] = "0" * 64
     own = context(**{"partition-id": 0})

@@ -61,7 +61,7 @@ def test_faults_hit_train_replies_only():
 
 def test_a_train_message_that_is_delivered_changes_nothing_in_the_message(parts):
     parts.strategy.connect(parts.grid)
-    messages = parts.strategy.configure_train(1, None, None, parts.grid)
+    messages = parts.strategy.open_round(1, parts.grid)
     before = [message.content.object_id for message in messages]
     parts.grid.push_messages(messages)
     assert [message.content.object_id for message in messages] == before

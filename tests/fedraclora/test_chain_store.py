@@ -4,14 +4,18 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from fedraclora.chain import Chain, equal_weights
 from fedraclora.chain_store import ChainStore
+from fedraclora.codec import codec_text
 from fedraclora.link import Dense, Link, LowRank, Set, Term, Zero
+from fedraclora.server_rule import ServerRule
 from fedraclora.sketch import SketchKey
+from fedraclora.travel import encode_link
 
 OUT, IN, RANK = 4, 3, 2
 ROUNDS = 6
@@ -41,26 +45,54 @@ def _advance(chain: Chain, *, shift: int = 0) -> None:
     if chain.open is None:
         chain.open_link(Link(chain.num_links, _terms(chain.num_links, 0)[:1]))
     version = chain.version + 1
-    chain.update(_terms(chain.num_links, version + shift), close=version % ROUNDS_PER_LINK == 0)
+    link = Link(chain.num_links, _terms(chain.num_links, version + shift))
+    chain.update(link, close=version % ROUNDS_PER_LINK == 0)
 
 
-def _histories(rounds: int = ROUNDS) -> list[Chain]:
+RICH_ROUNDS = 9
+BESIDE = (2, 5, 8)  # versions of the rich history that merge a link beside the open one; it closes at 4 and 8
+
+
+def _advance_richly(chain: Chain) -> None:
+    """Take a round whose links have rules, encoded numbers, one factor twice, and others merged beside them."""
+    if chain.open is None:
+        chain.open_link(Link(chain.num_links, _terms(chain.num_links, 0)[:1]))
+    version, rule, merged = chain.version + 1, ServerRule("adam", lr=0.5), None
+    lora_a, lora_b = _numbers(version, RANK, IN), _numbers(version + 20, OUT, RANK)
+    pair = LowRank("fc1", -0.5, lora_a, lora_b), LowRank("fc1", 0.5, lora_a, lora_b, _numbers(version, RANK, RANK))
+    if version in BESIDE:
+        delta = _numbers(version + 40, 2, 2)
+        merged = Link(chain.num_links, (Dense("fc2.weight", delta), *pair, Dense("fc2.weight", delta)), rule)
+    terms = (*pair, Set("fc1.bias", _numbers(version + 50, OUT)))
+    closes = version % 4 == 0
+    link = Link(chain.num_links + int(merged is not None), terms, rule if closes else None)
+    link = encode_link(link, codec_text("int8", {"stochastic": True}), version, ["fc1.lora_b", "set fc1.bias"])
+    chain.update(link, close=closes, merged=merged)
+
+
+def _histories(rounds: int = ROUNDS, *, advance: Callable[[Chain], None] = _advance) -> list[Chain]:
     """Return the chain as it is at each version, grown anew each time."""
     chains = []
     for version in range(rounds + 1):
         chain = _start()
         for _ in range(version):
-            _advance(chain)
+            advance(chain)
         chains.append(chain)
     return chains
 
 
-def _written(folder: Path, *, rounds: int = ROUNDS, snapshots: tuple[int, ...] = ()) -> ChainStore:
+def _written(
+    folder: Path,
+    *,
+    rounds: int = ROUNDS,
+    snapshots: tuple[int, ...] = (),
+    advance: Callable[[Chain], None] = _advance,
+) -> ChainStore:
     """Write a history of `rounds` versions, with snapshots after the given versions."""
     store, chain = ChainStore(folder), _start()
     store.create(chain)
     for version in range(1, rounds + 1):
-        _advance(chain)
+        advance(chain)
         store.append(chain)
         if version in snapshots:
             store.snapshot(chain)
@@ -76,6 +108,23 @@ def _assert_same(found: Chain, expected: Chain) -> None:
         assert getattr(found, name) == getattr(expected, name), name
     assert [link.digest for link in found.links] == [link.digest for link in expected.links]
     assert (found.open is None) == (expected.open is None)
+    assert equal_weights(found.slots, expected.slots)
+    for one, other in zip(_all_links(found), _all_links(expected), strict=True):
+        _assert_travels_alike(one, other)
+
+
+def _all_links(chain: Chain) -> list[Link]:
+    return [*chain.links, *([] if chain.open is None else [chain.open])]
+
+
+def _assert_travels_alike(found: Link, expected: Link) -> None:
+    assert found.packed.keys() == expected.packed.keys()
+    for name, packed in expected.packed.items():
+        assert (found.packed[name].codec, found.packed[name].seed) == (packed.codec, packed.seed)
+        assert list(found.packed[name].arrays) == list(packed.arrays)
+        for array, values in packed.arrays.items():
+            assert found.packed[name].arrays[array].dtype == values.dtype
+            assert np.array_equal(found.packed[name].arrays[array], values)
 
 
 @pytest.mark.parametrize("snapshots", [(), (2,), (2, 4), (3, 5), (6,)], ids=str)
@@ -136,6 +185,55 @@ def test_explicit_numbers_are_all_that_a_version_stores(tmp_path: Path) -> None:
     assert len(content) - header == 4 * (OUT * RANK + OUT + 2 * 2)
 
 
+# ---- links merged beside the open one, rules, encoded numbers ----
+
+
+@pytest.mark.parametrize("snapshots", [(), (2,), (5,), (4, 8), (3, 6, 9)], ids=str)
+def test_every_version_of_a_rich_history_is_read_as_it_was_written(tmp_path: Path, snapshots: tuple[int, ...]) -> None:
+    _written(tmp_path, rounds=RICH_ROUNDS, snapshots=snapshots, advance=_advance_richly)
+    for version, expected in enumerate(_histories(RICH_ROUNDS, advance=_advance_richly)):
+        _assert_same(ChainStore(tmp_path).load(version), expected)
+
+
+def test_a_rich_chain_goes_on_after_any_version_that_is_loaded(tmp_path: Path) -> None:
+    expected = _histories(RICH_ROUNDS, advance=_advance_richly)[-1]
+    for version in range(RICH_ROUNDS):
+        store = _written(tmp_path / str(version), rounds=version, snapshots=(3,), advance=_advance_richly)
+        chain = store.load()
+        while chain.version < RICH_ROUNDS:
+            _advance_richly(chain)
+            store.append(chain)
+        _assert_same(ChainStore(tmp_path / str(version)).load(), expected)
+
+
+@pytest.mark.parametrize("rounds", range(1, RICH_ROUNDS + 1))
+@pytest.mark.parametrize("snapshots", [(), (5,)], ids=str)
+def test_forgetting_keeps_the_versions_that_merged_a_link_for_good(
+    tmp_path: Path, rounds: int, snapshots: tuple[int, ...]
+) -> None:
+    """Version 2 merges link 0 and opens link 1, which version 3 replaces: link 0 is in version 2's file only."""
+    store = _written(tmp_path, rounds=rounds, snapshots=snapshots, advance=_advance_richly)
+    store.forget_replaced()
+    again, expected = ChainStore(tmp_path), _histories(rounds, advance=_advance_richly)
+    closing = {*BESIDE, 4, 8}
+    kept = [0, *(version for version in range(1, rounds + 1) if version in closing or version == rounds)]
+    assert again.versions() == kept
+    assert len(list(tmp_path.glob("version_*"))) == len(kept) - 1
+    for version in kept:
+        _assert_same(again.load(version), expected[version])
+
+
+def test_a_link_that_has_one_factor_twice_is_written_and_read(tmp_path: Path) -> None:
+    """The file format refuses tensors that share memory."""
+    lora_a, lora_b = _numbers(1, RANK, IN), _numbers(2, OUT, RANK)
+    chain, store = _start(), ChainStore(tmp_path)
+    store.create(chain)
+    chain.open_link(Link(0, ()))
+    chain.update(Link(0, tuple(LowRank("fc1", scale, lora_a, lora_b) for scale in (-1.0, 1.0))), close=False)
+    store.append(chain)
+    _assert_same(ChainStore(tmp_path).load(), chain)
+
+
 # ---- damage ----
 
 
@@ -157,6 +255,16 @@ def test_no_damaged_byte_gives_another_model(tmp_path: Path, name: str, mask: in
     content = path.read_bytes()
     for place in range(len(content)):
         path.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
+        _same_or_refused(tmp_path, path, expected)
+
+
+def test_no_damaged_byte_gives_other_encoded_numbers(tmp_path: Path) -> None:
+    """What the clients are sent is checked as well as what the model is made of."""
+    _written(tmp_path, rounds=2, advance=_advance_richly)
+    path, expected = tmp_path / "version_000002.safetensors", _histories(2, advance=_advance_richly)[2]
+    content = path.read_bytes()
+    for place in range(0, len(content), 5):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         _same_or_refused(tmp_path, path, expected)
 
 
@@ -209,13 +317,13 @@ def test_links_that_changed_places_are_refused(tmp_path: Path) -> None:
 def test_an_index_of_another_format_is_refused(tmp_path: Path) -> None:
     _written(tmp_path, rounds=1)
     path = tmp_path / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(ValueError, match=r"index\.json has format 2; this program reads 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3}))
+    with pytest.raises(ValueError, match=r"index\.json has format 3; this program reads 2"):
         ChainStore(tmp_path).load()
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "[", "[]", '{"format": 1}', '{"format": 1, "versions": [{}], "snapshots": []}']
+    "content", [None, "", "[", "[]", '{"format": 2}', '{"format": 2, "versions": [{}], "snapshots": []}']
 )
 def test_a_missing_or_damaged_index_is_refused_by_its_name(tmp_path: Path, content: str | None) -> None:
     _written(tmp_path, rounds=1)

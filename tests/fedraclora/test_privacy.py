@@ -58,7 +58,7 @@ def _noise(num_clients: int, *, seed: int = 1, cohort_size: int = 4, privacy: Pr
 
 
 @given(SEEDS, SIZES, CLIPS, st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_clipped_norm_never_exceeds_the_clip_even_after_rounding(
     seed: int, size: float, clip: float, dtype: torch.dtype
 ) -> None:
@@ -68,7 +68,7 @@ def test_clipped_norm_never_exceeds_the_clip_even_after_rounding(
 
 
 @given(SEEDS, SIZES, CLIPS)
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_clipping_multiplies_by_the_smaller_of_one_and_clip_over_norm(seed: int, size: float, clip: float) -> None:
     update = _update(seed, size)
     clipped, _ = clip_to(update, clip)
@@ -112,7 +112,7 @@ def test_a_clip_that_is_not_positive_is_refused(clip: float) -> None:
 
 
 @given(SEEDS, SIZES, SIZES, CLIPS, st.integers(1, 5))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_replacing_one_client_moves_the_sum_by_at_most_twice_the_clip(
     seed: int, size: float, other_size: float, clip: float, num_clients: int
 ) -> None:

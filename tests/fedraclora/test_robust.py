@@ -56,7 +56,7 @@ def _any_piece(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.integers(1, 9), SEEDS, DTYPES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_median_is_numpys(num_clients: int, seed: int, dtype: torch.dtype) -> None:
     updates = _updates(num_clients, seed, dtype)
     found = coordinate_median(updates)
@@ -65,7 +65,7 @@ def test_median_is_numpys(num_clients: int, seed: int, dtype: torch.dtype) -> No
 
 
 @given(st.integers(1, 9), st.data(), SEEDS, DTYPES)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_trimmed_mean_is_the_exact_mean_of_what_is_left(
     num_clients: int, data: st.DataObject, seed: int, dtype: torch.dtype
 ) -> None:
@@ -89,7 +89,7 @@ def test_trimming_all_but_the_middle_is_the_median(trim: int) -> None:
 
 
 @given(st.integers(1, 9), SEEDS, st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_a_minority_with_any_numbers_leaves_the_median_in_the_others_range(
     num_clients: int, seed: int, data: st.DataObject
 ) -> None:
@@ -102,7 +102,7 @@ def test_a_minority_with_any_numbers_leaves_the_median_in_the_others_range(
 
 
 @given(st.integers(1, 9), SEEDS, st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_as_many_attackers_as_are_trimmed_leave_the_mean_in_the_others_range(
     num_clients: int, seed: int, data: st.DataObject
 ) -> None:
@@ -166,7 +166,7 @@ def _krum_by_hand(rows: np.ndarray, clients: list[int], num_attackers: int) -> l
 
 
 @given(st.integers(3, 9), SEEDS, st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_krum_chooses_the_smallest_sums_of_squared_distances(num_clients: int, seed: int, data: st.DataObject) -> None:
     num_attackers = data.draw(st.integers(0, num_clients - 3))
     num_chosen = data.draw(st.integers(1, num_clients))
@@ -176,7 +176,7 @@ def test_krum_chooses_the_smallest_sums_of_squared_distances(num_clients: int, s
 
 
 @given(st.integers(1, 3), st.integers(0, 3), SEEDS, st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_krum_never_chooses_attackers_that_are_far_away(
     num_attackers: int, excess: int, seed: int, data: st.DataObject
 ) -> None:
@@ -241,7 +241,7 @@ def test_a_number_of_chosen_outside_the_clients_is_refused(num_chosen: int) -> N
 
 
 @given(st.integers(1, 5), SEEDS, st.floats(1e-3, 1e3))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_each_client_is_scaled_as_a_whole_to_the_norm_allowed(num_clients: int, seed: int, max_norm: float) -> None:
     updates = _updates(num_clients, seed, torch.float64)
     before, after = _rows(updates), _rows(clip_norms(updates, max_norm=max_norm))

@@ -219,6 +219,17 @@ def test_first_rows_of_a_larger_rank_are_the_smaller_rank(key: SketchKey, data: 
     assert torch.equal(_rows(key)[:smaller], _rows(replace(key, rank=smaller)))
 
 
+@given(keys(), st.data())
+@settings(deadline=None)
+def test_rows_are_the_first_rows_of_the_whole_draw_bit_for_bit(key: SketchKey, data: st.DataObject) -> None:
+    """For every law, also those that do not nest: the whole factor is drawn, and its first rows are kept."""
+    rows = data.draw(st.integers(1, key.rank))
+    cut = replace(key, rows=rows)
+    assert torch.equal(_rows(cut), _rows(key)[:rows])
+    assert tuple(draw(cut).shape) == cut.shape == ((key.dim, rows) if key.side == "a" else (rows, key.dim))
+    assert draw(cut).is_contiguous()
+
+
 def test_orthonormal_law_nests_up_to_rounding() -> None:
     key = replace(KEY, rank=12, dim=100)
     for rank in range(1, 12):
@@ -350,6 +361,8 @@ def test_sparse_signs_partition_the_coordinates_into_balanced_blocks(key: Sketch
         ({"side": "c"}, "unknown side 'c' of layer 'fc1'; it is one of 'b', 'a', 'ab'"),
         ({"link": -1}, "link -1 of layer 'fc1' is negative"),
         ({"rank": 0}, "rank 0 of layer 'fc1' is too small; it is at least 1"),
+        ({"rows": 4}, "rows 4 of layer 'fc1' must lie between 0 and its rank 3"),
+        ({"rows": -1}, "rows -1 of layer 'fc1' must lie between 0 and its rank 3"),
         (
             {"rank": 900, "dim": 784},
             r"rank 900 exceeds the 784 inputs of layer 'fc1' \(side b: lora_a is drawn, .* layer's inputs",

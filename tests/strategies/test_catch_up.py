@@ -67,7 +67,6 @@ def test_a_replica_on_disk_has_the_servers_version_after_catching_up(monkeypatch
     parts, _ = late(monkeypatch, problem, BREAK_EVEN + 2, grid=nodes_grid(tmp_path))
     replies = [reply for way, who, reply in parts.grid.seen if (way, who) == ("up", 1)]
     stated = replies[-1].content.config_records["reply"]
-    parts.chain.open_link(parts.problem.method.open_link(parts.chain.num_links))
     asked = [message for way, who, message in parts.grid.seen if (way, who) == ("down", 1)][-1]
     assert stated["version"] in asked.content.config_records["plan"]["links"]
     assert stated["held"] == BREAK_EVEN + 1

@@ -1,12 +1,14 @@
 """The pieces that methods are made of."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fedraclora.link import Link, LowRank, Set, Zero
+from fedraclora.link import Link, LowRank, Private, Set, Zero
 from fedraclora.sketch import SketchKey
 from fedraclora.targets import MatrixShape
-from strategies.method import Adapter, ClientUpdate, mean_update, move_from_start, replace_trained
+from strategies.method import Adapter, ClientUpdate, client_terms, mean_update, replace_trained, shares
 
 SHAPES = {"fc1": MatrixShape(out=6, in_=9), "fc2": MatrixShape(out=4, in_=6)}
 KEY = SketchKey("orthonormal", 1, 0, "fc1", "b", 2, 9)
@@ -45,12 +47,33 @@ def test_where_both_factors_train_the_rank_is_at_most_the_smaller_dimension():
     adapter(rank=5).open_link(0, dict.fromkeys(SHAPES, "b"))
 
 
+def test_private_draws_are_each_clients_own_and_the_rest_of_the_link_is_common():
+    link = adapter().open_link(3, {"fc1": "b", "fc2": "a"}, is_private=True)
+    shared = adapter().open_link(3, {"fc1": "b", "fc2": "a"}).low_rank_terms()
+    terms = link.low_rank_terms()
+    assert terms["fc1"] == replace(shared["fc1"], lora_a=Private(shared["fc1"].lora_a))
+    assert terms["fc2"] == replace(shared["fc2"], lora_b=Private(shared["fc2"].lora_b))
+    keys = {link.of_client(client).factors["fc1.lora_a"] for client in range(5)}
+    assert len(keys) == 5
+    assert {replace(key, seed=7) for key in keys} == {shared["fc1"].lora_a}
+
+
+LINK = Link(0, (LowRank("fc1", 1.5, KEY, Zero((6, 2))),))
+
+
 def test_the_mean_is_weighted_and_by_key():
     updates = {
-        4: ClientUpdate({"x": torch.tensor([1.0]), "y": torch.tensor([10.0])}, weight=3.0),
-        1: ClientUpdate({"x": torch.tensor([5.0]), "y": torch.tensor([30.0])}, weight=1.0),
+        4: ClientUpdate({"x": torch.tensor([1.0]), "y": torch.tensor([10.0])}, weight=3.0, link=LINK),
+        1: ClientUpdate({"x": torch.tensor([5.0]), "y": torch.tensor([30.0])}, weight=1.0, link=LINK),
     }
+    assert shares(updates) == {1: 0.25, 4: 0.75}
     assert mean_update(updates) == {"x": torch.tensor([2.0]), "y": torch.tensor([15.0])}
+
+
+def test_a_client_ends_with_what_it_sent_in_the_place_of_what_it_started_from():
+    (term,) = client_terms(ClientUpdate({"fc1.lora_b": torch.ones(6, 2), "fc1.bias": torch.ones(6)}, 1.0, LINK)).values()
+    assert term == LowRank("fc1", 1.5, KEY, term.lora_b)
+    assert torch.equal(term.lora_b, torch.ones(6, 2))
 
 
 def test_trained_factors_replace_their_own_and_whole_tensors_are_set():
@@ -59,19 +82,3 @@ def test_trained_factors_replace_their_own_and_whole_tensors_are_set():
     low_rank, dense = replace_trained(start, trained)
     assert low_rank == LowRank("fc1", 1.5, KEY, trained["fc1.lora_b"])
     assert dense == Set("fc1.bias", trained["fc1.bias"])
-
-
-def test_a_longer_server_step_starts_from_what_the_clients_started_from():
-    """Factors start at the link's own, whole tensors at the link's value where it has one, else at the model's."""
-    start = Link(0, (LowRank("fc1", 1.0, KEY, torch.full((6, 2), 2.0)), Set("fc1.bias", torch.full((6,), 1.0))))
-    weights = {"fc1.bias": torch.full((6,), 100.0), "fc2.bias": torch.full((4,), 10.0)}
-    mean = {"fc1.lora_b": torch.full((6, 2), 3.0), "fc1.bias": torch.full((6,), 2.0), "fc2.bias": torch.full((4,), 8.0)}
-    moved = move_from_start(weights, start, mean, 3.0)
-    assert float(moved["fc1.lora_b"][0, 0]) == 2.0 + 3 * 1.0
-    assert float(moved["fc1.bias"][0]) == 1.0 + 3 * 1.0
-    assert float(moved["fc2.bias"][0]) == 10.0 - 3 * 2.0
-
-
-def test_a_server_step_of_one_is_the_mean_to_the_bit():
-    mean = {"fc1.lora_b": torch.rand(6, 2)}
-    assert move_from_start({}, Link(0, (LowRank("fc1", 1.0, KEY, Zero((6, 2))),)), mean, 1.0) == mean

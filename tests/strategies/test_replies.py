@@ -18,6 +18,7 @@ from tests.helpers import (
     same_weights,
     settings,
     spoil,
+    state_arrays,
 )
 
 
@@ -45,7 +46,7 @@ def without_record(reply, name):
 def with_renamed_array(reply):
     name = next(iter(reply.content.array_records))
     reply.content[name] = ArrayRecord({"other": reply.content.array_records[name]["flat"]})
-    return reply
+    return state_arrays(reply)
 
 
 def with_raw_array(reply, *, keep=1.0, **changes):
@@ -95,7 +96,7 @@ FAULTS = {
         lambda reply: with_raw_array(reply, dtype="floaty", data=b""),
         "its record 'update'",
     ),
-    "text": (lambda reply: edit_array(reply, lambda values: values.astype(str)), "its record 'update'"),
+    "text": (lambda reply: edit_array(reply, lambda values: values.astype(str)), "its tensors cannot be read"),
     "complex": (lambda reply: edit_array(reply, lambda values: values.astype(np.complex64)), "complex64"),
     "no axis": (lambda reply: edit_array(reply, lambda values: np.array(values[0])), "does not hold"),
     "no numbers": (lambda reply: edit_array(reply, lambda values: values[:0]), "does not hold"),
@@ -222,7 +223,7 @@ class Handshake(RecordingGrid):
 
 
 def claiming(reply, partition):
-    reply.content["partition"] = MetricRecord({"partition-id": partition, "held": 0})
+    reply.content["partition"] = MetricRecord({"partition-id": partition, "held": 0, "open": -1})
     return reply
 
 

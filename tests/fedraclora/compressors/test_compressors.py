@@ -2,6 +2,7 @@ import itertools
 import struct
 import tracemalloc
 import zlib
+from fractions import Fraction
 from math import prod
 
 import numpy as np
@@ -113,7 +114,7 @@ def vectors(draw, *, low=1e-3, high=1e3):
 
 
 @pytest.mark.parametrize(("name", "config"), VARIANTS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(tensors=tensor_lists(), seed=st.integers(0, 2**63 - 1))
 @example(tensors=[], seed=0)
 @example(tensors=[torch.zeros(0, 3)], seed=0)
@@ -193,11 +194,18 @@ def test_biased_compressors_never_increase_the_distance_from_zero(name, config, 
 
 
 @pytest.mark.parametrize(("name", "config"), VARIANTS)
-def test_sparse_compressors_and_no_others_leave_most_numbers_out(name, config):
-    found = through(codec(name, **config), 1 + np.arange(200.0))
-    share = config.get("share", 0.1)
-    expected = round(200 * share) or 1 if codec(name, **config).is_sparse else None
-    assert expected in (None, np.count_nonzero(found))
+def test_no_tensors_have_no_dtype_that_could_be_wrong(name, config):
+    compressor = codec(name, **config)
+    assert compressor.decode(compressor.encode([], 0), [], torch.float64, 0) == []
+
+
+def test_those_that_keep_a_share_are_sparse():
+    assert [name for name in ("int8", "qsgd", "rand_k", "sign", "top_k") if codec(name).is_sparse] == [
+        "rand_k",
+        "top_k",
+    ]
+    for name in ("top_k", "rand_k"):
+        assert np.count_nonzero(through(codec(name, share=0.1), 1 + np.arange(200.0))) == 20
 
 
 @pytest.mark.parametrize("name", CHECKING)
@@ -293,7 +301,7 @@ def test_signalling_nans_are_refused_without_a_warning():
 
 
 @pytest.mark.parametrize(("name", "config"), CHECKING_VARIANTS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data(), dtype=st.sampled_from(BOTH_DTYPES))
 def test_arbitrary_bytes_give_finite_tensors_or_a_value_error(name, config, data, dtype):
     compressor, shapes = codec(name, **config), [(5, 3), (4,)]
@@ -311,7 +319,7 @@ def test_arbitrary_bytes_give_finite_tensors_or_a_value_error(name, config, data
 
 
 @pytest.mark.parametrize(("name", "config"), CHECKING_VARIANTS)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_flipping_bits_gives_finite_tensors_or_a_value_error(name, config, data):
     compressor, shapes = codec(name, **config), [(20, 3), (4,)]
@@ -443,11 +451,12 @@ def test_int4_packs_two_a_byte_the_first_in_the_upper_half():
     assert arrays["scales"].tolist() == [0.5]
 
 
-@given(number=st.floats(0, 2.0**127))
-def test_scales_are_the_next_float32_from_the_number_upwards(number):
-    (scale,) = to_scales(np.array([number]))
-    assert scale >= number
-    assert number == 0 or np.nextafter(scale, np.float32(0)) < number
+@given(limit=st.floats(0, 2.0**127), steps=st.sampled_from([1, 7, 127, 2**15 - 1]))
+def test_scales_are_the_smallest_of_which_the_steps_reach_the_limit(limit, steps):
+    (scale,) = to_scales(np.array([limit]), steps=steps)
+    below = np.nextafter(scale, np.float32(0))
+    assert Fraction(float(scale)) * steps >= Fraction(limit)
+    assert limit == 0 or Fraction(float(below)) * steps < Fraction(limit)
 
 
 # ---- float16 and bfloat16
@@ -556,8 +565,7 @@ def test_qsgd_takes_the_fewest_whole_bits_a_number(levels, bits):
 @given(x=vectors(low=1e-200, high=1e36))
 def test_qsgd_never_leaves_its_grid_at_any_magnitude(x):
     (found,) = decoded(codec("qsgd", levels=1), [torch.from_numpy(x)])
-    norm = max(np.linalg.norm(x / np.abs(x).max()) * np.abs(x).max() if x.any() else 0.0, 2.0**-149)
-    assert found.abs().max().item() <= norm * (1 + 2**-22)
+    assert found.abs().max().item() <= np.linalg.norm(x) * (1 + 2**-23) + 2.0**-149
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "qsgd", "sign", "natural"])
