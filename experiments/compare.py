@@ -126,7 +126,7 @@ def _changed(key: str, value: Any, known: Mapping[str, Any]) -> Any:  # noqa: AN
         for name in value:
             if name not in names:
                 raise ValueError(f"a variant sets {key}.{name}, which is no setting; {nearest(str(name), names)}")
-        return replace(known[key], **value)  # type: ignore[type-var]
+        return replace(known[key], **value)
     return value
 
 
@@ -282,9 +282,11 @@ def _score_one(settings: CompareSettings, folder: Path, display: Display, which:
     if path is None:
         raise BudgetTooSmall(f"{method} cannot be tuned: no round is affordable")
     rounds = pd.read_csv(path / "rounds.csv")
-    accuracies = rounds["test_accuracy"].dropna().tolist()
+    summary = read_json(path / "summary.json")
+    # Where there is no model for all, the clients' own models are what is tuned.
+    accuracies = rounds["test_accuracy" if summary["is_global"] else "personal_accuracy"].dropna().tolist()
     values = accuracies or (-rounds["test_loss"].dropna()).tolist()
-    if read_json(path / "summary.json")["status"] == DIVERGED:
+    if summary["status"] == DIVERGED:
         due = one.rounds // settings.eval_every + 1
         values = values + [min(values)] * max(0, due - len(values))
     return float(sum(values) / len(values))

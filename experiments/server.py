@@ -87,6 +87,7 @@ class _Run:
     def summary(self, status: str, error: str | None) -> dict[str, Any]:
         """Write `summary.json` from the rounds on disk, and return it."""
         digests = {"chain_digest": self.recorder.digest, "split_digest": self.problem.split.digest}
+        digests |= {"is_global": self.problem.method.traits.is_global}
         reason = {} if error is None else {"error": error}
         return write_summary(self.recorder, self.settings, {"status": status, **reason, **digests})
 
@@ -121,6 +122,7 @@ def interrupted(settings: Settings, problem: Problem, folder: Path) -> Iterator[
             with suppress(ValueError), _alone(folder):
                 recorder.resume()
                 digests = {"chain_digest": recorder.digest, "split_digest": problem.split.digest}
+                digests |= {"is_global": problem.method.traits.is_global}
                 write_summary(recorder, settings, {"status": INTERRUPTED, **digests})
         raise
 

@@ -20,7 +20,9 @@ OPTIONS = {
     "private draws of unlike ranks": {"method": "rac_lora", "sketch": SketchSettings(shared=False), **RANKS},
     "ranks by their contributors": {"method": ("rac_lora", {"contributors": "rows"}), **RANKS},
     "flexlora of unlike ranks": {"method": "flexlora", **RANKS},
-    "truncated residuals": {"method": ("fedex_lora", {"residual": "truncated", "residual_rank": 1}), "dense": ["*.bias"]},
+    "truncated residuals": {
+        "method": ("fedex_lora", {"residual": "truncated", "residual_rank": 1}), "dense": ["*.bias"],
+    },
     "random outer factors": {"method": ("fed_sb", {"init": "random"})},
     "projected updates": {"method": ("fed_slop", {"upload": "factor", "moments": "reset"}), "momentum": 0.5},
 }  # fmt: skip
