@@ -14,7 +14,7 @@ from experiments.compare import compare
 from experiments.credentials import write_credentials
 from experiments.doctor import examine
 from experiments.groups import CONF, allow_new_keys, check_overrides, default_plugins, register
-from experiments.progress import Display, start_logging
+from experiments.progress import Display, beside, start_logging
 from experiments.replay import replay
 from experiments.report import main_report
 from experiments.run import run
@@ -86,6 +86,7 @@ def _run(arguments: list[str], console: Console) -> None:
             return
         accuracy, loss = summary["final_test_accuracy"], summary["final_test_loss"]
         score = f"accuracy {accuracy:.4f}" if accuracy is not None else f"loss {loss:.6g}"
+        score = ", ".join([score, *beside(summary, "final_personal_accuracy", "epsilon")])
         log = logging.getLogger("fedraclora")
         log.info(
             "%s after %d rounds: %s, %.3f MiB up, %.3f MiB down; chain %s",

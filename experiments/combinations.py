@@ -43,11 +43,11 @@ def _of_sending(settings: Settings, rounds: RoundSettings) -> Iterator[str]:
         yield "scaffold=true goes with clients of one rank, without privacy.* and robust.*"
     if rounds.ranks and sending.feedback in ("ef21", "marina") and settings.alpha is not None:
         yield f"memory.feedback={sending.feedback} with client_ranks needs one scale for all: leave alpha out"
-    robust = rounds.robust
-    if robust.aggregate == "trimmed_mean" and 2 * robust.trim >= rounds.cohort_size:
-        yield f"robust.trim={robust.trim} at either end leaves nothing of a cohort of {rounds.cohort_size}"
-    if robust.aggregate in ("krum", "multi_krum") and rounds.cohort_size - robust.num_attackers < 3:
-        yield f"robust.num_attackers={robust.num_attackers} is too many for a cohort of {rounds.cohort_size}"
+    if rounds.cohort_size < rounds.robust.fewest:
+        yield (
+            f"robust.aggregate={rounds.robust.aggregate} with these settings needs {rounds.robust.fewest} replies; a "
+            f"cohort has {rounds.cohort_size}"
+        )
 
 
 def _of_privacy(settings: Settings) -> Iterator[str]:

@@ -34,8 +34,12 @@ def headline(table: pd.DataFrame) -> str:
     """Return the best-supported answer in a comparison table as plain text.
 
     It is the smallest median uplink to the highest target that some method reached; where none was reached, or the runs
-    have no accuracy, it is the best metric within the budget.
+    have no accuracy, it is the best metric within the budget. Methods without a model for all clients have no such
+    metric and are left out.
     """
+    table = table[table["is_global"]]
+    if table.empty:
+        return "No method here makes a model for all clients; read their personal accuracies."
     for target in reversed(targets_of(table)):
         if any(not need.is_lower_bound for need in _needs(table, "uplink", target)):
             return _answer_to_target(table, target)

@@ -68,10 +68,12 @@ def trade_of(table: pd.DataFrame, direction: str) -> Trade:
     """Return the points of a comparison table for `uplink` or `total` bytes.
 
     The target is the highest that more than half of the methods reach in the median; where there is none, the bytes are
-    those of whole runs. Methods that cost nothing there have no place on a logarithmic axis and are left out.
+    those of whole runs. Left out are methods without a model for all clients, and those that cost nothing there, which
+    have no place on a logarithmic axis.
     """
-    metric, target = metric_of(table), _common_target(table, direction)
-    rows = table.to_dict("records")
+    ranked = table[table["is_global"]]
+    metric, target = metric_of(ranked), _common_target(ranked, direction)
+    rows = ranked.to_dict("records")
     points = [point for row in rows if (point := _point(row, direction, target, metric)).cost.median > 0]
     settled = [point for point in points if point.is_settled]
     sign = 1 if metric == "accuracy" else -1
@@ -93,7 +95,7 @@ def _point(row: Mapping[Hashable, Any], direction: str, target: str | None, metr
     name = f"{direction}_mib" if target is None else f"{direction}_mib_to_{target}"
     is_censored = target is not None and row[f"{NUM_REACHED}{target}"] < row["num_seeds"]
     if target is None:
-        is_settled = row["num_unfinished"] == 0 and row["num_unchanged"] < row["num_seeds"]
+        is_settled = row["num_unfinished"] == 0
     else:
         is_settled = not row[f"{name}_is_lower_bound"]
     return Point(str(row["method"]), _spread(row, name), _spread(row, f"final_{metric}"), is_settled, is_censored)

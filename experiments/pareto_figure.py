@@ -31,7 +31,7 @@ def pareto_caption(trade: Trade) -> str:
     what = DIRECTION_NAMES[trade.direction]
     if trade.target is None:
         opening = f"Final {trade.metric} against the {what} of the whole run."
-        hollow = "Hollow: runs that did not come to their end, or a model that never changed; not on the front."
+        hollow = "Hollow: some run did not come to its end; not on the front."
     else:
         opening = f"Final {trade.metric} against the {what} up to the first round with {format_target(trade.target)}."
         hollow = (

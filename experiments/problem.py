@@ -58,7 +58,7 @@ class Problem:
         """Return the chain without links over the initial weights; chains live on the CPU, models on their device."""
         return Chain.start(base_weights(self.model))
 
-    def replica(self, settings: Settings, chain: Chain, store: ClientStore) -> Replica:
+    def replica(self, chain: Chain, store: ClientStore) -> Replica:
         """Return the replica that all simulated clients share.
 
         `chain` is its own copy of the log; who has taken part holds the factors of the open link, too.
@@ -87,7 +87,7 @@ def prepare(settings: Settings) -> Problem:
     rounds = round_settings(settings)
     check_combination(settings, method, rounds)
     problem = Problem(_on_device(dataset, settings), split, model, method, rounds, setup)
-    _probe(problem, settings)
+    _probe(problem)
     return problem
 
 
@@ -132,14 +132,14 @@ def _validation(settings: Settings) -> float:
     return settings.validation_fraction if settings.eval_split == "validation" else 0.0
 
 
-def _probe(problem: Problem, settings: Settings) -> None:
+def _probe(problem: Problem) -> None:
     """Prepare the first round's training as a client would, and look at the model once before anything is trained."""
     chain = problem.new_chain()
     link = problem.method.open_link(0, chain.merged)
     # One client's draws serve for all here.
     chain.open_link(link.of_client(0))
     plan = RoundPlan(round=1, training=problem.method.trains(1, link))
-    trainer, start = problem.replica(settings, chain, ClientStore()).prepare(plan)
+    trainer, start = problem.replica(chain, ClientStore()).prepare(plan)
     dataset = problem.dataset
     check_clients_stay_apart(trainer.model, start, (dataset.train if len(dataset.train) else dataset.test).inputs)
 

@@ -1,6 +1,8 @@
 """What a running program shows: a live line on a terminal, one log line a round elsewhere."""
 
 import logging
+from collections.abc import Mapping
+from math import isnan
 from types import TracebackType
 from typing import Any
 
@@ -62,10 +64,20 @@ class Display:
             log.info("%s: %s", self._title, state)
 
 
-def _score(row: dict[str, Any]) -> str:
+def _score(row: Mapping[str, Any]) -> str:
+    parts = []
     if row.get("test_accuracy") is not None:
-        return f"accuracy {row['test_accuracy']:.3f}"
-    return f"loss {row['test_loss']:.3g}" if row.get("test_loss") is not None else ""
+        parts.append(f"accuracy {row['test_accuracy']:.3f}")
+    elif row.get("test_loss") is not None:
+        parts.append(f"loss {row['test_loss']:.3g}")
+    return "  ".join([*parts, *beside(row, "personal_accuracy", "epsilon")])
+
+
+def beside(row: Mapping[str, Any], personal: str, epsilon: str) -> list[str]:
+    """Return in words what only some runs have: the entries of `row` under these names, where they hold a number."""
+    known = {name: row[name] for name in (personal, epsilon) if row.get(name) is not None and not isnan(row[name])}
+    words = {personal: "personal accuracy {:.3f}", epsilon: "epsilon {:.3g}"}
+    return [words[name].format(value) for name, value in known.items()]
 
 
 def start_logging(console: Console) -> None:

@@ -112,10 +112,10 @@ def _cautions(runs: Runs) -> list[str]:
         if summary["status"] not in (FINISHED, AT_BUDGET)
     ]
     cautions += [
-        f"{method}: the {runs.metric.replace('_', ' ')} is the same at every evaluation. Where a method makes no model "
-        "for all clients, read its personal accuracy."
+        f"{method} makes no model for all clients: its {runs.metric.replace('_', ' ')} is that of what the clients share, "
+        "without their own parts, and it has no place on the front. Read its personal accuracy."
         for method in runs.methods
-        if runs.num_unchanged(method) == len(runs.of(method))
+        if not runs.is_global(method)
     ]
     lengths = {summary["num_rounds"] for summary in runs.summaries if summary["status"] in (FINISHED, AT_BUDGET)}
     if len(lengths) > 1:

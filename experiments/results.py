@@ -59,10 +59,9 @@ class Runs:
         ends = [summary["status"] for summary in self.summaries if summary["method"] == method]
         return sum(end not in (FINISHED, AT_BUDGET) for end in ends)
 
-    def num_unchanged(self, method: str) -> int:
-        """Return in how many runs of a method, evaluated more than once, the metric was the same each time."""
-        evaluated = self.evaluated(method)
-        return sum(len(rows) > 1 and rows[self.metric].nunique() == 1 for rows in evaluated)
+    def is_global(self, method: str) -> bool:
+        """Return whether a method makes one model for all clients, which is what the test metric is of."""
+        return all(summary.get("is_global", True) for summary in self.summaries if summary["method"] == method)
 
     def measured(self, method: str, column: str) -> list[pd.DataFrame]:
         """Return the rounds of a method in which a column has a value, a frame for each seed with any, by round."""

@@ -16,8 +16,8 @@ from matplotlib.ticker import (
 )
 from numpy.typing import NDArray
 
-# The error as which a perfect accuracy is drawn.
-LEAST_ERROR = 1e-4
+# Added to every error, so that a perfect accuracy has a place on a logarithmic scale.
+ADDED_ERROR = 1e-4
 
 
 def label_log_scale(axis: Axis, smallest: float, largest: float) -> None:
@@ -65,11 +65,11 @@ def _accuracy_ticks(low: float, high: float) -> list[float]:
 
 
 def _to_log_error(accuracy: NDArray[np.float64]) -> NDArray[np.float64]:
-    return -np.log10(np.maximum(1.0 - np.asarray(accuracy), LEAST_ERROR))
+    return -np.log10(np.maximum(1.0 - np.asarray(accuracy) + ADDED_ERROR, 1e-3 * ADDED_ERROR))
 
 
 def _from_log_error(value: NDArray[np.float64]) -> NDArray[np.float64]:
-    return 1.0 - 10.0 ** -np.asarray(value)
+    return 1.0 + ADDED_ERROR - 10.0 ** -np.asarray(value)
 
 
 def plain_number(value: float, _position: int | None = None) -> str:

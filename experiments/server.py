@@ -86,10 +86,18 @@ class _Run:
 
     def summary(self, status: str, error: str | None) -> dict[str, Any]:
         """Write `summary.json` from the rounds on disk, and return it."""
-        digests = {"chain_digest": self.recorder.digest, "split_digest": self.problem.split.digest}
-        digests |= {"is_global": self.problem.method.traits.is_global}
+        known = _known(self.problem, self.recorder)
         reason = {} if error is None else {"error": error}
-        return write_summary(self.recorder, self.settings, {"status": status, **reason, **digests})
+        return write_summary(self.recorder, self.settings, {"status": status, **reason, **known})
+
+
+def _known(problem: Problem, recorder: Recorder) -> dict[str, Any]:
+    """Return what a summary says of the problem and the chain."""
+    return {
+        "chain_digest": recorder.digest,
+        "split_digest": problem.split.digest,
+        "is_global": problem.method.traits.is_global,
+    }
 
 
 def spent_epsilon(settings: RoundSettings, state: ServerState) -> float | None:
@@ -121,9 +129,7 @@ def interrupted(settings: Settings, problem: Problem, folder: Path) -> Iterator[
             # A server that still writes will write its own summary.
             with suppress(ValueError), _alone(folder):
                 recorder.resume()
-                digests = {"chain_digest": recorder.digest, "split_digest": problem.split.digest}
-                digests |= {"is_global": problem.method.traits.is_global}
-                write_summary(recorder, settings, {"status": INTERRUPTED, **digests})
+                write_summary(recorder, settings, {"status": INTERRUPTED, **_known(problem, recorder)})
         raise
 
 

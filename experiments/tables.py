@@ -37,8 +37,9 @@ MEANINGS = {
     ),
     "epsilon": "Epsilon is what the whole run spent of differential privacy, for its privacy.level and privacy.delta.",
 }
-# A table of more methods than this has a row a method on the terminal, too.
+# A table of more methods than this has a row a method on the terminal, too, without the columns least needed.
 MAX_COLUMNS = 6
+LEAST_NEEDED = ["seeds", "rounds", "s a round"]
 
 
 def comparison_table(runs: Runs, *, targets: Sequence[float], budget_mib: float | None) -> pd.DataFrame:
@@ -49,8 +50,8 @@ def comparison_table(runs: Runs, *, targets: Sequence[float], budget_mib: float 
     `_median`, `_min` and `_max` are over seeds. `*_mib_to_T_*` is the first evaluated round with at least accuracy T;
     `num_reached_T` counts the seeds that got there, the others enter with what they had spent, and
     `*_mib_to_T_is_lower_bound` tells whether that leaves the median a lower bound. Runs without accuracies are compared
-    by their test loss and have no targets. `num_unfinished` counts the runs that diverged, failed or were interrupted,
-    `num_unchanged` those whose metric was the same at every evaluation.
+    by their test loss and have no targets. `num_unfinished` counts the runs that diverged, failed or were interrupted; a
+    method whose `is_global` is False makes no model for all clients, and its test metric is that of the server's part.
     """
     budget = _smallest_total(runs) if budget_mib is None else budget_mib
     reachable = sorted(set(targets)) if runs.metric == "test_accuracy" else []
@@ -58,7 +59,7 @@ def comparison_table(runs: Runs, *, targets: Sequence[float], budget_mib: float 
     rows = []
     for method in runs.methods:
         row: dict[str, object] = {"method": method, "num_seeds": len(runs.of(method))}
-        row |= {"num_unfinished": runs.num_unfinished(method), "num_unchanged": runs.num_unchanged(method)}
+        row |= {"num_unfinished": runs.num_unfinished(method), "is_global": runs.is_global(method)}
         row |= {"budget_mib": budget, "is_budget_given": budget_mib is not None}
         row |= _metric_columns(runs, method, budget)
         for target in reachable:
@@ -233,8 +234,8 @@ def render_table(table: pd.DataFrame) -> Table:
     """Return a comparison table for the terminal: a column a method, or a row each, with medians only."""
     text = text_table(table).set_index("method")
     is_long = len(text) > MAX_COLUMNS
-    rows = text.map(lambda cell: cell.partition(" (")[0]) if is_long else text.T
-    rest = " Here, all brackets are left out: see the report, or comparison.csv." if is_long else ""
+    rows = text.drop(columns=LEAST_NEEDED).map(lambda cell: cell.partition(" (")[0]) if is_long else text.T
+    rest = " Brackets, seeds, rounds and seconds are left out here: see the report." if is_long else ""
     rendered = Table(caption=table_caption(table) + rest, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     rendered.add_column("", no_wrap=True)
     for name in rows.columns:

@@ -240,7 +240,8 @@ class ChainStrategy(Strategy):
         """Check the replies, replace the open link by the aggregate of enough usable ones, and return the report."""
         usable, failures, diverged = self._sort(round, replies)
         clip = self._now.plan.sending.clip or float("nan")
-        is_updated = len(usable) >= self.settings.min_replies
+        needed = max(self.settings.min_replies, self.settings.robust.fewest)
+        is_updated = len(usable) >= needed
         advance = Advance(self.method, self.chain, self.state, self.settings, self._now)
         gap = advance.update(usable) if is_updated else float("nan")
         advance.count_steps(usable)
@@ -249,7 +250,7 @@ class ChainStrategy(Strategy):
                 "round %d: %d usable replies, %d needed; the model is unchanged",
                 round,
                 len(usable),
-                self.settings.min_replies,
+                needed,
             )
         examples = sum(reply.num_examples for reply in usable.values())
         loss = sum(reply.train_loss * reply.num_examples for reply in usable.values()) / max(examples, 1)

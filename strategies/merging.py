@@ -54,6 +54,13 @@ class Robust:
         """Return whether all replies enter the mean as they are."""
         return self.aggregate == "mean" and self.max_norm == 0
 
+    @property
+    def fewest(self) -> int:
+        """Return how many replies the aggregate needs at least."""
+        krum_needs = self.num_attackers + 3
+        needs = {"trimmed_mean": 2 * self.trim + 1, "krum": krum_needs, "multi_krum": max(krum_needs, self.num_chosen)}
+        return needs.get(self.aggregate, 1)
+
 
 # ---- from replies to updates
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from experiments.problem import Problem, prepare
 from experiments.runtimes.in_process import Fault, InProcessGrid
 from experiments.settings import CompareSettings, Settings
 from fedraclora.chain import Chain
+from fedraclora.ledger import MIB
 from fedraclora.link import materialize
 from fedraclora.payload import digest_arrays, unflatten
 from fedraclora.plugins import names
@@ -108,7 +109,8 @@ class AppsGrid(InProcessGrid):
     """Clients with a replica and a store each, as on machines of their own."""
 
     def __init__(self, problem: Problem, chosen: Settings) -> None:
-        self.replicas = [problem.replica(chosen, problem.new_chain(), ClientStore()) for _ in range(chosen.num_clients)]
+        problem = on_machine(problem, chosen)
+        self.replicas = [problem.replica(problem.new_chain(), ClientStore()) for _ in range(chosen.num_clients)]
         super().__init__(self.replicas[0], chosen.num_clients)
 
     def _train(self, messages):
@@ -197,10 +199,16 @@ def federation(
     `problem` saves the time to prepare one where another federation has the same, machine settings aside.
     """
     problem = problem or prepare(chosen)
-    replica = problem.replica(chosen, problem.new_chain(), ClientStore(folder))
+    replica = on_machine(problem, chosen).replica(problem.new_chain(), ClientStore(folder))
     clients = grid(replica, chosen.num_clients, fault=fault)
     strategy = ChainStrategy(problem.method, problem.new_chain(), problem.rounds, setup=problem.setup.to_json())
     return Federation(chosen, problem, replica, clients, strategy)
+
+
+def on_machine(problem: Problem, chosen: Settings) -> Problem:
+    """Return a problem that was prepared with other settings of the machine as these settings would have it."""
+    limits = {"chunk_bytes": int(chosen.chunk_mib * MIB), "chunk_clients": 1 if chosen.exact else 0}
+    return replace(problem, setup=replace(problem.setup, **limits))
 
 
 def final_weights(chosen: Settings, **options: Any) -> Weights:

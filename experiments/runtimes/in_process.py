@@ -50,7 +50,7 @@ class InProcess:
         """Run the rounds here; the clients keep their own states beside the chain."""
 
         def make_grid(problem: Problem, recorder: Recorder) -> "InProcessGrid":
-            replica = problem.replica(settings, recorder.replica(), ClientStore(folder / "clients"))
+            replica = problem.replica(recorder.replica(), ClientStore(folder / "clients"))
             return InProcessGrid(replica, settings.num_clients)
 
         return serve(settings, problem, folder, watcher, make_grid=make_grid)

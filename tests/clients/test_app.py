@@ -16,7 +16,7 @@ def test_a_node_says_which_partition_it_owns():
     parts = federation(settings())
     question = Message(RecordDict(), 5, "query.partition", group_id="0")
     reply = client_app(Shared(parts.replica))(question, context(**{"partition-id": 3}))
-    assert dict(reply.content.metric_records["partition"]) == {"partition-id": 3, "held": 0}
+    assert dict(reply.content.metric_records["partition"]) == {"partition-id": 3, "held": 0, "open": -1}
 
 
 def test_a_node_without_a_partition_is_told_what_to_do():
@@ -33,7 +33,7 @@ def test_a_train_message_is_answered_with_arrays_metrics_and_digests_and_the_con
     own = context(**{"partition-id": 0})
     reply = client_app(Shared(parts.replica))(message, own)
     assert set(reply.content) == {"update", "metrics", "reply"}
-    assert set(reply.content.metric_records["metrics"]) == {"num-examples", "num-steps", "train-loss"}
+    assert set(reply.content.metric_records["metrics"]) == {*("num-examples", "num-steps", "train-loss", "is-within")}
     assert reply.content.metric_records["metrics"]["num-examples"] == len(parts.problem.split.indices[0])
     assert reply.content.metric_records["metrics"]["num-steps"] == parts.settings.local_steps
     assert reply.content.config_records["reply"]["version"] == parts.chain.digest

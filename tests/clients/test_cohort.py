@@ -1,13 +1,11 @@
 """Client state between rounds: carried, transported or reset, and only if the server used the reply."""
 
+import numpy as np
 import pytest
 import torch
 
+from clients.state_store import MOMENTS, PRIVATE
 from experiments.run import run
-from fedraclora.link import Link, LowRank, materialize
-from fedraclora.moments import carry_over
-from fedraclora.optim import Moments
-from fedraclora.sketch import SketchKey
 from tests.helpers import (
     AppsGrid,
     OneByOneGrid,
@@ -52,7 +50,7 @@ def test_a_carried_moment_is_the_one_that_the_client_had():
     chosen = {"rounds": 2, "local_steps": 1, "dtype": "float64", "num_clients": 1, "rank": 2, "lr": 0.1}
     carried, reset = (federation(with_moments(mode, **chosen)) for mode in ("carry", "reset"))
     carried.run(1)
-    moment = carried.replica.store.load(0, 1).moments.tensors
+    moment = carried.replica.store.load(0, 1).tensors[MOMENTS]
     carried.run(2)
     reset.run()
     for mine, plain in zip(carried.chain.links[1].terms, reset.chain.links[1].terms, strict=True):
@@ -60,31 +58,48 @@ def test_a_carried_moment_is_the_one_that_the_client_had():
         torch.testing.assert_close(mine.lora_b, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_transported_moments_stand_for_the_nearest_direction_in_weight_space():
-    """m_new A_new is the projection of m A_old on the rows of A_new; for side a the mirror image."""
+def test_clients_of_two_ranks_train_apart_and_each_as_it_would_alone():
+    chosen = settings(client_ranks=[1, 2, 1, 2, 2, 1], fraction=1.0, exact=True)
+    assert digest(chosen) == digest(chosen, grid=OneByOneGrid)
+    parts = federation(chosen)
+    parts.run()
+    sizes = {
+        part: message.content.array_records["update"]["flat"].shape[0]
+        for way, part, message in parts.grid.seen
+        if way == "up" and "update" in message.content.array_records
+    }
+    assert sizes == {part: rank * (12 + 10) for part, rank in enumerate(chosen.client_ranks)}
 
-    def link(index, side):
-        dim = 6 if side == "a" else 9
-        key = SketchKey("gaussian", 1, index, "fc1", side, 3, dim)
-        zero = torch.zeros(3, 9) if side == "a" else torch.zeros(6, 3)
-        return Link(index, (LowRank("fc1", 1.0, zero, key) if side == "a" else LowRank("fc1", 1.0, key, zero),))
 
-    generator = torch.Generator().manual_seed(0)
-    for side, shape in (("b", (6, 3)), ("a", (3, 9))):
-        moment = torch.randn(shape, generator=generator, dtype=torch.float64)
-        old, new = link(0, side), link(1, side)
-        key = f"fc1.lora_{side}"
-        moved = carry_over(Moments({key: moment}, 5), old, new, mode="transport")
-        drawn = "lora_a" if side == "b" else "lora_b"
-        before, after = (materialize(getattr(item.terms[0], drawn), moment) for item in (old, new))
-        if side == "b":
-            found, target = moved.tensors[key] @ after, moment @ before
-            projected = target @ torch.linalg.pinv(after) @ after
-        else:
-            found, target = after @ moved.tensors[key], before @ moment
-            projected = after @ torch.linalg.pinv(after) @ target
-        torch.testing.assert_close(found, projected, rtol=1e-10, atol=1e-10)
-        assert moved.num_steps == 5
+def test_one_clients_own_learning_rate_is_its_own_matter():
+    scales = [1.0, 0.5, 1.0, 2.0, 1.0, 1.0]
+    mixed, plain = (
+        federation(settings(client_lr_scales=own, fraction=1.0, rounds=1, dtype="float64")) for own in (scales, [])
+    )
+    slow = federation(settings(lr=1.0, fraction=1.0, rounds=1, dtype="float64"))
+    sent = []
+    for parts in (mixed, plain, slow):
+        parts.run()
+        sent.append(
+            {part: reply.content.array_records["update"]["flat"].numpy() for way, part, reply in parts.grid.seen
+             if way == "up" and "update" in reply.content.array_records}
+        )  # fmt: skip
+    assert plain.settings.method.lr == 2.0
+    for part in range(6):
+        expected = sent[{1.0: 1, 0.5: 2}[scales[part]]][part] if scales[part] < 2 else None
+        if expected is not None:
+            np.testing.assert_allclose(sent[0][part], expected, rtol=1e-12)
+    assert not np.allclose(sent[0][3], sent[1][3])
+
+
+def test_private_tensors_are_trained_kept_and_never_sent():
+    parts = federation(settings(method="fed_sa_lora", personal_fraction=0.2, fraction=1.0, rounds=2))
+    parts.run(1)
+    kept = {part: parts.replica.store.load(part, 1).tensors[PRIVATE] for part in range(6)}
+    assert all(set(own) == {"fc1.lora_b", "fc2.lora_b"} and own["fc1.lora_b"].any() for own in kept.values())
+    assert not torch.equal(kept[0]["fc1.lora_b"], kept[1]["fc1.lora_b"])
+    up = [row.parameters for report in [parts.strategy.report] for row in report.rows if row.direction == "up"]
+    assert max(up) == 2 * (64 + 12), "the A of both layers, rank times inputs"
 
 
 @pytest.mark.parametrize("mode", ["carry", "transport"])

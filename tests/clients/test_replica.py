@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from fedraclora.delivery import Needs, VersionMismatch, deliver
+from clients.replica_store import ReplicaStore
+from experiments.settings import SketchSettings
+from fedraclora import sketch
+from fedraclora.delivery import Needs, OpenLink, VersionMismatch, deliver
 from fedraclora.local import LocalClient, LocalConfig, train_cohort
-from fedraclora.plan import RoundPlan
+from fedraclora.plan import RoundPlan, Training
 from tests.helpers import federation, same_weights, settings
 
 
@@ -13,14 +16,20 @@ from tests.helpers import federation, same_weights, settings
 def parts():
     parts = federation(settings(dense=["fc1.bias"], momentum=0.5))
     parts.run()
-    parts.chain.open_link(parts.problem.method.open_link(parts.chain.num_links))
-    parts.replica.receive([deliver(parts.chain, Needs(parts.replica.chain.num_links))])
+    parts.chain.open_link(parts.problem.method.open_link(parts.chain.num_links, parts.chain.merged))
+    bring(parts)
     return parts
 
 
+def bring(parts):
+    """Bring the replica to the server's version."""
+    opened = OpenLink(parts.chain.open, {})
+    parts.replica.receive([deliver(parts.chain, Needs(parts.replica.chain.num_links), opened=opened)])
+
+
 def plan(parts):
-    trained = parts.problem.method.trains(9)
-    return RoundPlan(round=9, trained=trained.factors, dense=trained.dense, local=LocalConfig(steps=4, lr=0.5))
+    training = parts.problem.method.trains(9, parts.chain.open)
+    return RoundPlan(round=9, training=training, local=LocalConfig(steps=4, lr=0.5))
 
 
 def test_a_replica_ends_at_the_servers_version_bit_for_bit(parts):
@@ -33,7 +42,7 @@ def test_a_replica_keeps_no_old_links(parts):
 
 
 def test_deliveries_with_a_gap_are_refused(parts):
-    late = parts.problem.replica(parts.settings, parts.problem.new_chain(), parts.replica.store)
+    late = parts.problem.replica(parts.problem.new_chain(), parts.replica.store)
     with pytest.raises(VersionMismatch, match="holds 0 links"):
         late.receive([deliver(parts.chain, Needs(2))])
 
@@ -54,14 +63,14 @@ def test_a_plan_for_some_layers_computes_with_the_other_layers_terms_merged():
     """The open link of two layers was trained before; now only one of them goes on."""
     parts = federation(settings(method=("rac_lora", {"rounds_per_link": 0}), dtype="float64", dense=["fc2.bias"]))
     parts.run()
-    parts.replica.receive([deliver(parts.chain, Needs(parts.replica.chain.num_links))])
+    bring(parts)
     terms = parts.chain.open.low_rank_terms()
     assert all(float(term.lora_b.abs().max()) > 0 for term in terms.values())
     inputs = parts.problem.dataset.test.inputs[:5]
     model = parts.problem.model
     model.load_state_dict(parts.chain.weights())
     for layer in terms:
-        trainer, start = parts.replica.prepare(RoundPlan(round=9, trained={layer: "b"}))
+        trainer, start = parts.replica.prepare(RoundPlan(round=9, training=Training({layer: "b"})))
         assert list(start) == [f"{layer}.lora_b"]
         assert torch.equal(start[f"{layer}.lora_b"], terms[layer].lora_b)
         trainer.model.bind({key: tensor.unsqueeze(0) for key, tensor in start.items()}, num_clients=1)
@@ -87,3 +96,32 @@ def test_training_leaves_the_replicas_chain_alone(parts):
     trainer, start = parts.replica.prepare(plan(parts))
     list(train_cohort(trainer, start, [LocalClient(parts.problem.split.indices[0], seed=1)], plan(parts).local))
     assert same_weights(parts.replica.chain.merged, before)
+
+
+def test_factors_that_clients_draw_for_themselves_are_those_of_their_own_keys():
+    chosen = settings(sketch=SketchSettings(shared=False), dtype="float64")
+    parts = federation(chosen)
+    parts.chain.open_link(parts.problem.method.open_link(0, parts.chain.merged))
+    bring(parts)
+    drawn = [parts.replica.own_factors(client, plan(parts)) for client in (0, 1)]
+    for client, own in enumerate(drawn):
+        assert list(own) == ["fc1.lora_a", "fc2.lora_a"]
+        for key, tensor in own.items():
+            expected = sketch.draw(parts.chain.open.of_client(client).factors[key])
+            assert torch.equal(tensor, expected.double())
+    assert not torch.equal(drawn[0]["fc1.lora_a"], drawn[1]["fc1.lora_a"])
+
+
+def test_what_is_kept_of_an_open_link_survives_on_disk_with_its_version(tmp_path):
+    parts = federation(settings(method="ro_lora", rounds=2))
+    parts.run()
+    store = ReplicaStore(tmp_path)
+    parts.replica.files = store
+    bring(parts)
+    kept, version = store.read_open()
+    assert version == parts.chain.version
+    assert {name for name, _ in kept} == {"fc1.lora_a", "fc1.lora_b", "fc2.lora_a", "fc2.lora_b"}
+    again = parts.problem.replica(parts.problem.new_chain(), parts.replica.store)
+    again.files = store
+    again.advance()
+    assert again.open_version == version

@@ -15,6 +15,7 @@ from fedraclora import files, sketch
 from fedraclora.chain import Chain, equal_weights
 from fedraclora.delivery import CATCH_UPS, Needs, deliver, receive
 from fedraclora.link import Link, LowRank, Set, Zero
+from fedraclora.server_rule import ServerRule
 from fedraclora.sketch import SketchKey
 
 OUT, IN, RANK = 6, 24, 2
@@ -37,7 +38,8 @@ def advance(server, num_links):
         if server.open is None:
             server.open_link(Link(server.num_links, (low_rank(server.num_links, Zero((OUT, RANK))),)))
         lora_b = numbers(100 + server.version, OUT, RANK)
-        server.update([low_rank(server.num_links, lora_b), Set("head.bias", numbers(server.version, 5))], close=True)
+        terms = low_rank(server.num_links, lora_b), Set("head.bias", numbers(server.version, 5))
+        server.update(Link(server.num_links, terms), close=True)
     return server
 
 
@@ -177,6 +179,39 @@ def test_two_processes_may_use_one_replica(folder):
     for worker in workers:
         worker.join()
     assert equal_weights(replica_from(folder).merged, advance(start(), 25).merged)
+
+
+def test_the_factors_of_an_open_link_come_back_in_another_process(folder):
+    kept = {("fc1.lora_a", (2, 24)): numbers(1, 2, 24), ("fc1.lora_b", (6, 2)): numbers(2, 6, 2)}
+    ReplicaStore(folder).keep_open(kept, 7)
+    found, version = ReplicaStore(folder).read_open()
+    assert version == 7
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_damaged_file_of_open_factors_is_deleted_and_counts_as_nothing(folder):
+    ReplicaStore(folder).keep_open({("fc1.lora_a", (2, 24)): numbers(1, 2, 24)}, 7)
+    (path,) = folder.glob("open*")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    assert ReplicaStore(folder).read_open() is None
+    assert not path.exists()
+
+
+def test_moments_of_a_server_rule_are_folded_with_the_weights(folder):
+    rule = ServerRule("adam", lr=0.1)
+    server = start()
+    for index in range(30):
+        server.open_link(Link(index, (low_rank(index, Zero((OUT, RANK))),)))
+        link = Link(index, (low_rank(index, numbers(index, OUT, RANK)),), rule=rule)
+        server.update(link, close=True)
+        bring(folder, server, policy="replay")
+    assert list(folder.glob("weights_*")), "it was folded"
+    found = replica_from(folder)
+    assert equal_weights(found.merged, server.merged)
+    assert equal_weights(found.slots, server.slots)
 
 
 def test_clearing_leaves_other_files_alone(folder):

@@ -3,18 +3,19 @@
 import pytest
 import torch
 
-from clients.state_store import ClientState, ClientStore, LostState
-from fedraclora.optim import Moments
+from clients.state_store import FEEDBACK, MOMENTS, ClientState, ClientStore, LostState
 
 LINK = [3, [["low_rank", "fc1", 1.0, ["zero", [2, 5]], ["zero", [4, 2]]]]]
 
 
 def state(value):
-    return ClientState(Moments({"fc1.lora_b": torch.full((4, 2), float(value))}, num_steps=int(value)), LINK)
+    return ClientState(
+        {MOMENTS: {"fc1.lora_b": torch.full((4, 2), float(value))}, FEEDBACK: {"b": torch.ones(2)}}, value, LINK
+    )
 
 
 def value_of(found):
-    return float(found.moments.tensors["fc1.lora_b"][0, 0]), found.moments.num_steps, found.link
+    return float(found.tensors[MOMENTS]["fc1.lora_b"][0, 0]), found.num_steps, found.link
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -29,6 +30,13 @@ def make_store(request, tmp_path):
 def test_a_candidate_comes_back_as_it_was_saved(make_store):
     make_store().save(7, 3, state(3))
     assert value_of(make_store().load(7, 3)) == (3.0, 3, LINK)
+
+
+def test_what_is_kept_for_one_purpose_is_not_mixed_with_another(make_store):
+    make_store().save(7, 3, state(3))
+    found = make_store().load(7, 3).tensors
+    assert {purpose: list(tensors) for purpose, tensors in found.items()} == {MOMENTS: ["fc1.lora_b"], FEEDBACK: ["b"]}
+    assert torch.equal(found[FEEDBACK]["b"], torch.ones(2))
 
 
 def test_a_named_round_is_loaded_and_not_the_newest(make_store):

@@ -2,9 +2,10 @@
 
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import median
 
 import numpy as np
@@ -15,14 +16,15 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 from rich.console import Console
 
-from experiments.curves import Curve, median_and_range
+from experiments.curves import LEAST_GAP, ROUND, UPLINK, Curve, Guides, curve_figure, gap_figure, median_and_range
 from experiments.headline import headline
 from experiments.plots import label_distribution_figure, save_png
 from experiments.report import main_report, write_report
 from experiments.results import load_runs
-from experiments.styles import method_styles
 from experiments.tables import _is_median_lower_bound, comparison_table, render_table, text_table
 from tests.made_runs import MIB, Made, climb, make_runs, write_run
+
+INT8 = {"method": {"name": "rac_lora"}, "uplink": {"name": "int8"}}
 
 
 def comparison() -> list[Made]:
@@ -163,6 +165,103 @@ def test_headline_falls_back_to_the_budget_when_no_method_reaches_a_target(tmp_p
     )
 
 
+def test_headline_calls_variants_by_their_labels(tmp_path):
+    mades = [Made("rac_lora", [0.1, 0.9], 4.0), Made("rac_lora, int8", [0.1, 0.9], settings=INT8)]
+    text = headline(comparison_table(make_runs(tmp_path, *mades), targets=[0.9], budget_mib=None))
+    assert text.startswith("rac_lora, int8 reaches 90 % test accuracy with 1 MiB of uplink (one seed), 4.0 times less")
+
+
+def test_headline_leaves_out_methods_without_a_model_for_all(tmp_path):
+    """The shared part of such a method may still score, and does not count for the method."""
+    personal = Made("p", [0.1, 0.9], 0.1, summed={"is_global": False})
+    table = comparison_table(make_runs(tmp_path, personal, Made("m", [0.1, 0.9])), targets=[0.9], budget_mib=None)
+    assert headline(table) == "m reaches 90 % test accuracy with 1 MiB of uplink (one seed)."
+    assert headline(table.iloc[:1]) == ("No method here makes a model for all clients; read their personal accuracies.")
+
+
+def test_what_only_some_runs_measure_has_columns_only_then(tmp_path):
+    plain = text_table(comparison_table(make_runs(tmp_path / "a", Made("m", [0.1, 0.9])), targets=[], budget_mib=None))
+    assert not {"personal accuracy, %", "aggregation gap", "epsilon", "catch-up MiB"} & set(plain)
+    runs = make_runs(
+        tmp_path / "b",
+        *(
+            Made("m", [0.1, 0.9], 1.0, 4.0, seed, summed={"mean_aggregation_gap": gap, "final_personal_accuracy": own})
+            for seed, (gap, own) in enumerate([(2e-8, 0.7), (3e-8, 0.8), (9e-8, 0.75)])
+        ),
+        Made("private", [0.1, 0.5], summed={"epsilon": 3.25}, measured={"catchup_bytes": [0, MIB // 2]}),
+    )
+    table = comparison_table(runs, targets=[], budget_mib=None)
+    assert table["aggregation_gap_median"].tolist() == pytest.approx([3e-8, math.nan], nan_ok=True)
+    text = text_table(table).set_index("method")
+    assert text["personal accuracy, %"].tolist() == ["75.0 (70.0 to 80.0)", "-"]
+    assert text["aggregation gap"].tolist() == ["3e-08 (2e-08 to 9e-08)", "-"]
+    assert text["epsilon"].tolist() == ["-", "3.25"]
+    assert text["uplink MiB"].tolist() == ["1", "1"]
+    assert text["downlink MiB"].tolist() == ["4", "2"]
+    assert text["catch-up MiB"].tolist() == ["0", "0.5"]
+
+
+def test_the_page_explains_what_it_shows_of_gaps_privacy_and_memory(tmp_path):
+    measured = {"aggregation_gap": [None, 0.0, 0.25], "lost_feedback": [None, 0.5, 0.25], "clip": [None, 1.0, 0.5]}
+    summed = {"mean_aggregation_gap": 0.125, "epsilon": 3.25, "commit": "abc-dirty"}
+    runs = make_runs(tmp_path, Made("a", [0.1, 0.5, 0.9], measured=measured, summed=summed), Made("b", [0.1, 0.2, 0.3]))
+    write_report(runs, tmp_path / "r.html", title="t", targets=[0.9], budget_mib=None, refused={})
+    page = (tmp_path / "r.html").read_text()
+    for shown in ("The aggregation gap is", "Epsilon is", "feedback lost", "37.5", "last clip", "abc-dirty"):
+        assert shown in page
+    assert "The runs were made by different commits" in page
+    assert 'id="gap-' in page
+    assert "moments lost" not in page
+
+
+def test_gaps_are_drawn_where_they_were_measured_and_zero_at_the_bottom(tmp_path):
+    exact = Made("exact", [0.1, 0.5, 0.9], measured={"aggregation_gap": [None, 0.0, 3e-8]})
+    off = Made("off", [0.1, 0.5, 0.9], measured={"aggregation_gap": [None, 0.5, 0.25]})
+    runs = make_runs(tmp_path, exact, off, Made("silent", [0.1, 0.5, 0.9]))
+    axes = gap_figure(runs).axes[0]
+    lines = {tuple(line.get_ydata()) for line in axes.get_lines() if line.get_drawstyle() == "steps-post"}
+    assert lines == {(LEAST_GAP, 3e-8), (0.5, 0.25)}
+    assert axes.get_yscale() == "log"
+    assert {text.get_text() for text in axes.texts} == {"exact", "off", "rounding in float32"}
+
+
+def many(num: int) -> list[Made]:
+    return [Made(f"method_{i}", climb(0.5 + i / 50, 0.3, 12, i), 0.1 * (1 + i), 0.2) for i in range(num)]
+
+
+def test_of_many_methods_those_on_the_front_stand_out_and_all_have_their_names_at_their_lines(tmp_path):
+    runs = make_runs(tmp_path, *many(18))
+    axes = curve_figure(runs, UPLINK, Guides(), front={"method_3", "method_17"}).axes[0]
+    widths = sorted(line.get_linewidth() for line in axes.get_lines() if line.get_drawstyle() == "steps-post")
+    assert widths == [0.8] * 16 + [1.8] * 2
+    bold = {text.get_text(): text.get_fontweight() == "bold" for text in axes.texts}
+    assert bold == {f"method_{i}": i in (3, 17) for i in range(18)}
+    places = sorted(text.get_position()[1] for text in axes.texts)
+    # Eight points of type in a figure of 3.6 inches.
+    assert min(b - a for a, b in pairwise(places)) > 8 / 72 / 3.6
+
+
+def test_of_few_methods_all_stand_out(tmp_path):
+    axes = curve_figure(make_runs(tmp_path, *many(7)), ROUND, Guides(), front=()).axes[0]
+    assert {line.get_linewidth() for line in axes.get_lines() if line.get_drawstyle() == "steps-post"} == {1.8}
+
+
+def test_the_terminal_shows_few_methods_side_by_side_and_many_below_one_another(tmp_path):
+    table = comparison_table(make_runs(tmp_path, *many(7)), targets=[0.55], budget_mib=None)
+    few, long = render_table(table.iloc[:6]), render_table(table)
+    assert [column.header for column in few.columns[1:]] == [f"method_{i}" for i in range(6)]
+    assert list(long.columns[0].cells) == [f"method_{i}" for i in range(7)]
+    assert not any("(" in cell for column in long.columns for cell in column.cells)
+
+
+def test_settings_of_single_methods_are_shown_as_a_command_line_would_have_them(tmp_path):
+    mades = [Made("m", [0.1, 0.9]), Made("m, int8", [0.1, 0.9], settings={**INT8, "label": "m, int8"})]
+    write_report(make_runs(tmp_path, *mades), tmp_path / "r.html", title="t", targets=[], budget_mib=None, refused={})
+    page = (tmp_path / "r.html").read_text()
+    assert "<code>method.name=rac_lora uplink.name=int8</code>" in page
+    assert " label=" not in re.sub("<[^>]*>", " ", page)
+
+
 def test_regression_is_compared_by_loss_and_has_no_accuracy_targets(tmp_path):
     runs = make_runs(tmp_path, Made("a", [], losses=[9.0, 0.5, 0.25]), Made("b", [], losses=[9.0, 3.0, 1.0]))
     table = comparison_table(runs, targets=[0.9], budget_mib=None)
@@ -251,6 +350,19 @@ def test_page_warns_of_interrupted_runs_unequal_seeds_and_unequal_splits(tmp_pat
     assert "Seed 0: the methods did not train on the same split of the data." in page
 
 
+def test_page_warns_of_runs_that_diverged_differ_in_length_or_score_a_part_of_a_model(tmp_path):
+    mades = [
+        Made("a", [0.1, 0.2, 0.3], status="diverged"),
+        Made("b", [0.1, 0.9]),
+        Made("c", [0.1, 0.8, 0.9], summed={"is_global": False}),
+    ]
+    write_report(make_runs(tmp_path, *mades), tmp_path / "r.html", title="t", targets=[], budget_mib=None, refused={})
+    page = (tmp_path / "r.html").read_text()
+    assert "a, seed 0: diverged after round 2." in page
+    assert "The runs have 1 to 2 rounds" in page
+    assert "c makes no model for all clients" in page
+
+
 def test_equal_runs_give_equal_pages(compared, tmp_path):
     runs, folder = compared
     write_report(runs, tmp_path / "r.html", title="t", targets=[0.85], budget_mib=8.0, refused={"x": "too dear"})
@@ -293,8 +405,3 @@ def test_png_of_a_figure_is_white_behind_the_bars(tmp_path):
     figure = label_distribution_figure(pd.DataFrame({"partition": [0, 1], "cat": [3, 0], "dog": [1, 2]}))
     save_png(figure, tmp_path / "labels.png")
     assert imread(tmp_path / "labels.png")[0, 0].tolist() == [1, 1, 1, 1]
-
-
-def test_styles_of_many_methods_all_differ():
-    styles = method_styles([str(i) for i in range(14)])
-    assert len({(style.color, style.dashes) for style in styles.values()}) == 14

@@ -20,7 +20,7 @@ from tests.helpers import Silent, settings
 def start(chosen, text=None):
     """Run the ServerApp as Flower does, over clients in this process."""
     problem = prepare(chosen)
-    replica = problem.replica(chosen, problem.new_chain(), ClientStore(None))
+    replica = problem.replica(problem.new_chain(), ClientStore(None))
     hydra = shlex.join(to_overrides(chosen)) if text is None else text
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"hydra": hydra})
     app(InProcessGrid(replica, chosen.num_clients), context)

@@ -1,6 +1,7 @@
 """Tests of fedraclora.optim: a step on stacked tensors is torch.optim's step of each client on its own."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedraclora.local import LocalConfig
-from fedraclora.optim import CohortOptimizer, Moments, clip_by_client
+from fedraclora.optim import CohortOptimizer, Member, Moments, clip_by_client
 
 SHAPES = {"fc1.lora_b": (3, 2), "fc1.bias": (3,), "conv.weight": (2, 1, 2, 2)}
 
@@ -28,6 +29,10 @@ def _gradients(step: int, clients: int) -> list[Tensor]:
         torch.stack([_numbers(1000 * step + 10 * client + place, *shape) for client in range(clients)])
         for place, shape in enumerate(SHAPES.values())
     ]
+
+
+def _named(gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(SHAPES, gradients, strict=True))
 
 
 def _reference(config: LocalConfig, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -52,11 +57,11 @@ def _train_alone(config: LocalConfig, client: int, num_steps: int) -> dict[str, 
 
 def _train_together(config: LocalConfig, num_steps: Sequence[int]) -> CohortOptimizer:
     """`num_steps` of the clients, the most first."""
-    optimizer = CohortOptimizer(config, _start(), [None] * len(num_steps))
+    optimizer = CohortOptimizer(config, _start(), [Member()] * len(num_steps))
     for step in range(num_steps[0]):
         live = sum(steps > step for steps in num_steps)
         optimizer.live_leaves(live)
-        optimizer.step(_gradients(step, live))
+        optimizer.step(_named(_gradients(step, live)))
     return optimizer
 
 
@@ -93,12 +98,12 @@ def test_nothing_moves_a_client_that_has_finished(config: LocalConfig) -> None:
 
 def test_training_starts_at_the_given_tensors_and_leaves_them_alone() -> None:
     start = _start()
-    optimizer = CohortOptimizer(LocalConfig(), start, [None, None])
+    optimizer = CohortOptimizer(LocalConfig(), start, [Member(), Member()])
     leaves = optimizer.live_leaves(2)
     assert list(leaves) == list(SHAPES)
     assert all(leaf.requires_grad and leaf.is_leaf for leaf in leaves.values())
     assert all(torch.equal(leaf, start[key].expand(2, *SHAPES[key])) for key, leaf in leaves.items())
-    optimizer.step(_gradients(0, 2))
+    optimizer.step(_named(_gradients(0, 2)))
     assert all(torch.equal(tensor, again) for tensor, again in zip(start.values(), _start().values(), strict=True))
 
 
@@ -135,17 +140,17 @@ def test_clipping_leaves_a_client_with_a_small_gradient_unchanged_beside_a_large
 )
 def test_carried_moments_continue_where_they_stopped(config: LocalConfig, tolerance: float) -> None:
     """For AdamW the first moment and its bias correction continue, the second moment starts anew."""
-    first = CohortOptimizer(config, _start(), [None])
+    first = CohortOptimizer(config, _start(), [Member()])
     for step in range(3):
         first.live_leaves(1)
-        first.step(_gradients(step, 1))
+        first.step(_named(_gradients(step, 1)))
     carried = first.moments_of(0, 3)
     assert carried.num_steps == 3
     middle = {key: values[0].clone() for key, values in first.values.items()}
-    second = CohortOptimizer(config, middle, [carried, None])
+    second = CohortOptimizer(config, middle, [Member(carried), Member()])
     for step in range(3, 5):
         second.live_leaves(2)
-        second.step(_gradients(step, 2))
+        second.step(_named(_gradients(step, 2)))
 
     leaves = {key: tensor.clone().requires_grad_() for key, tensor in _start().items()}
     optimizer = _reference(config, list(leaves.values()))
@@ -180,9 +185,9 @@ def _adamw_with_new_second_moments(
 def test_a_client_without_moments_starts_at_zero_beside_one_that_carries_some() -> None:
     config = LocalConfig(optimizer="adamw", lr=0.1)
     carried = Moments({key: _numbers(7, *shape) for key, shape in SHAPES.items()}, num_steps=11)
-    beside = CohortOptimizer(config, _start(), [carried, None])
+    beside = CohortOptimizer(config, _start(), [Member(carried), Member()])
     beside.live_leaves(2)
-    beside.step(_gradients(0, 2))
+    beside.step(_named(_gradients(0, 2)))
     for key, expected in _train_alone(config, 1, 1).items():
         torch.testing.assert_close(beside.values[key][1], expected, rtol=1e-12, atol=1e-12)
         assert not torch.allclose(beside.values[key][0], _train_alone(config, 0, 1)[key])
@@ -201,3 +206,55 @@ def test_momentum_of_a_client_is_its_running_sum_of_gradients() -> None:
 
 def test_plain_sgd_has_no_moments() -> None:
     assert _train_together(LocalConfig(), [2]).moments_of(0, 2) == Moments({}, 0)
+
+
+# ---- what a client brings of its own ----
+
+
+@settings(max_examples=30)
+@given(config=configs, scale=st.sampled_from([0.25, 1.0, 3.0]))
+def test_a_factor_on_the_learning_rate_is_that_learning_rate_alone(config: LocalConfig, scale: float) -> None:
+    scaled = replace(config, lr=config.lr * scale)
+    both = CohortOptimizer(config, _start(), [Member(), Member(lr_scale=scale)])
+    for step in range(3):
+        both.live_leaves(2)
+        both.step(_named(_gradients(step, 2)))
+    for client, alone in ((0, config), (1, scaled)):
+        for key, expected in _train_alone(alone, client, 3).items():
+            torch.testing.assert_close(both.values[key][client], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_an_own_start_is_where_a_client_begins_and_what_fedprox_pulls_to() -> None:
+    own = {"fc1.bias": _numbers(99, 3)}
+    optimizer = CohortOptimizer(LocalConfig(lr=0.1, proximal=0.5), _start(), [Member(), Member(own=own)])
+    for step in range(2):
+        optimizer.live_leaves(2)
+        optimizer.step(_named(_gradients(step, 2)))
+    for client, start in enumerate((_start()["fc1.bias"], own["fc1.bias"])):
+        value = start.clone()
+        for step in range(2):
+            value -= 0.1 * (_gradients(step, 2)[1][client] + 0.5 * (value - start))
+        torch.testing.assert_close(optimizer.values["fc1.bias"][client], value, rtol=1e-12, atol=1e-12)
+
+
+def test_a_correction_is_added_to_each_gradient_of_its_own_client() -> None:
+    correction = {"fc1.lora_b": _numbers(77, 3, 2)}
+    optimizer = CohortOptimizer(LocalConfig(lr=0.1), _start(), [Member(), Member(correction=correction)])
+    for step in range(2):
+        optimizer.live_leaves(2)
+        optimizer.step(_named(_gradients(step, 2)))
+    plain = _train_together(LocalConfig(lr=0.1), [2, 2])
+    moved = optimizer.values["fc1.lora_b"] - plain.values["fc1.lora_b"]
+    assert torch.equal(moved[0], torch.zeros(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(moved[1], -0.2 * correction["fc1.lora_b"], rtol=1e-10, atol=1e-12)
+    assert torch.equal(optimizer.values["fc1.bias"], plain.values["fc1.bias"])
+
+
+def test_what_is_not_kept_does_not_move() -> None:
+    optimizer = CohortOptimizer(LocalConfig(lr=0.1, clip_norm=1e-3), _start(), [Member()])
+    optimizer.live_leaves(1)
+    optimizer.step(_named(_gradients(0, 1)), lambda key, gradient: gradient * (key == "fc1.bias"))
+    for key, start in _start().items():
+        assert torch.equal(optimizer.values[key][0], start) == (key != "fc1.bias")
+    step = (optimizer.values["fc1.bias"][0] - _start()["fc1.bias"]).norm()
+    assert float(step) == pytest.approx(0.1 * 1e-3, rel=1e-4), "clipped is what is left"

@@ -1,6 +1,7 @@
 """Tests of fedraclora.rebase."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,30 +84,56 @@ def test_transport_into_the_whole_space_keeps_the_direction_in_weight_space() ->
     torch.testing.assert_close(direction, moment @ torch.from_numpy(_drawn(old, "b")), rtol=1e-9, atol=1e-9)
 
 
-def test_within_one_link_nothing_changes() -> None:
-    moments = Moments({"fc1.lora_b": _numbers(0, OUT, 2)}, 4)
-    for mode in ("carry", "transport"):
-        assert carry_over(moments, _link(3, "b"), _link(3, "b"), mode=mode) == moments
+MODES = ("drop", "carry", "transport")
 
 
-def test_carry_leaves_moments_as_they_are() -> None:
-    moments = Moments({"fc1.lora_b": _numbers(0, OUT, 2), "fc1.bias": _numbers(1, OUT)}, 4)
-    carried = carry_over(moments, _link(3, "b"), _link(4, "b"), mode="carry")
-    assert carried.num_steps == 4
-    assert carried.tensors.keys() == moments.tensors.keys()
-    assert all(torch.equal(carried.tensors[key], tensor) for key, tensor in moments.tensors.items())
+@pytest.mark.parametrize("mode", MODES)
+def test_in_the_same_basis_nothing_changes_and_nothing_is_lost(mode: str) -> None:
+    remembered = {"fc1.lora_b": _numbers(0, OUT, 2)}
+    assert rebase(remembered, _link(3, "b"), _link(3, "b"), mode=mode) == (remembered, 0.0)
 
 
-def test_transport_leaves_dense_tensors_and_the_step_count_alone() -> None:
-    moments = Moments(
-        {"fc1.lora_b": _numbers(0, OUT, 2), "fc1.bias": _numbers(1, OUT), "head.weight": _numbers(2, 3, 3)}, 4
-    )
-    moved = carry_over(moments, _link(3, "b"), _link(4, "b"), mode="transport")
-    assert moved.num_steps == 4
-    assert list(moved.tensors) == list(moments.tensors)
-    for key in ("fc1.bias", "head.weight"):
-        assert torch.equal(moved.tensors[key], moments.tensors[key])
-    assert not torch.allclose(moved.tensors["fc1.lora_b"], moments.tensors["fc1.lora_b"])
+def test_carry_leaves_tensors_as_they_are_and_drop_leaves_zeros() -> None:
+    remembered = {"fc1.lora_b": _numbers(0, OUT, 2)}
+    carried, _ = rebase(remembered, _link(3, "b"), _link(4, "b"), mode="carry")
+    assert torch.equal(carried["fc1.lora_b"], remembered["fc1.lora_b"])
+    dropped, lost = rebase(remembered, _link(3, "b"), _link(4, "b"), mode="drop")
+    assert not dropped["fc1.lora_b"].any()
+    assert lost == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whole_tensors_and_cores_have_no_basis(mode: str) -> None:
+    remembered = {"fc1.bias": _numbers(1, OUT), "head.weight": _numbers(2, 3, 3), "fc1.core": _numbers(3, 2, 2)}
+    kept, lost = rebase(remembered, _link(3, "b"), _link(4, "b"), mode=mode)
+    assert list(kept) == list(remembered)
+    assert all(torch.equal(kept[key], tensor) for key, tensor in remembered.items())
+    assert lost == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_beside_a_factor_that_trains_too_nothing_changes(mode: str) -> None:
+    """It moves a little in each round; what is remembered goes with it."""
+    first = Link(0, (LowRank("fc1", 1.0, _numbers(0, 2, IN), _numbers(1, OUT, 2)),)).skeleton()
+    second = Link(1, (LowRank("fc1", 1.0, _numbers(2, 2, IN), _numbers(3, OUT, 2)),))
+    remembered = {"fc1.lora_b": _numbers(4, OUT, 2), "fc1.lora_a": _numbers(5, 2, IN)}
+    assert rebase(remembered, first, second, mode=mode) == (remembered, 0.0)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 999), side=st.sampled_from(["a", "b"]), mode=st.sampled_from(MODES))
+def test_the_loss_is_the_share_of_the_weight_space_norm_that_is_gone(seed: int, side: str, mode: str) -> None:
+    old, new = _link(seed, side), _link(seed + 1, side)
+    key, tensor = f"fc1.lora_{side}", _numbers(seed, *((OUT, 2) if side == "b" else (2, IN)))
+    kept, lost = rebase({key: tensor, "fc1.bias": _numbers(1, OUT)}, old, new, mode=mode)
+
+    def in_weight_space(matrix: Tensor, link: Link) -> np.ndarray:
+        return matrix.numpy() @ _drawn(link, side) if side == "b" else _drawn(link, side) @ matrix.numpy()
+
+    was, remains = in_weight_space(tensor, old), in_weight_space(kept[key], new)
+    bias = float(_numbers(1, OUT).square().sum())
+    expected = (np.square(was - remains).sum() / (np.square(was).sum() + bias)) ** 0.5
+    assert lost == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_a_skeleton_is_enough_to_transport_from() -> None:
