@@ -94,10 +94,7 @@ def _common_target(table: pd.DataFrame, direction: str) -> str | None:
 def _point(row: Mapping[Hashable, Any], direction: str, target: str | None, metric: str) -> Point:
     name = f"{direction}_mib" if target is None else f"{direction}_mib_to_{target}"
     is_censored = target is not None and row[f"{NUM_REACHED}{target}"] < row["num_seeds"]
-    if target is None:
-        is_settled = row["num_unfinished"] == 0
-    else:
-        is_settled = not row[f"{name}_is_lower_bound"]
+    is_settled = row["num_unfinished"] == 0 if target is None else not row[f"{name}_is_lower_bound"]
     return Point(str(row["method"]), _spread(row, name), _spread(row, f"final_{metric}"), is_settled, is_censored)
 
 

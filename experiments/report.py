@@ -112,8 +112,8 @@ def _cautions(runs: Runs) -> list[str]:
         if summary["status"] not in (FINISHED, AT_BUDGET)
     ]
     cautions += [
-        f"{method} makes no model for all clients: its {runs.metric.replace('_', ' ')} is that of what the clients share, "
-        "without their own parts, and it has no place on the front. Read its personal accuracy."
+        f"{method} makes no model for all clients: its {runs.metric.replace('_', ' ')} is that of the part "
+        "which they share, and it has no place on the front. Read its personal accuracy."
         for method in runs.methods
         if not runs.is_global(method)
     ]

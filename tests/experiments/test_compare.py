@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import experiments.compare
+from experiments.cli import main
 from experiments.compare import TUNING_SEED, compare, tune
 from fedraclora.files import read_json
 from fedraclora.finished import load_run
@@ -190,6 +191,31 @@ def test_a_comparison_that_cannot_be_run_is_refused_before_anything_is_written(t
     with pytest.raises(ValueError, match=words):
         compare(chosen(tmp_path / "out", **changes), quiet())
     assert not (tmp_path / "out").exists()
+
+
+# ---- variants
+
+
+VARIANTS = {
+    "coarse": {"method": "full", "uplink": "int4"},
+    "fine": {"method": {"name": "rac_lora", "side": "auto"}, "uplink": {"name": "top_k", "share": 0.5}},
+}
+
+
+def test_variants_go_by_their_labels_in_folders_tables_figures_and_in_a_report_made_afterwards(tmp_path):
+    one = chosen(tmp_path / "out", methods=["full", "coarse", "fine"], variants=VARIANTS, seeds=1, rounds=1)
+    console = quiet()
+    compare(one, console)
+    table = pd.read_csv(tmp_path / "out" / "comparison.csv").set_index("method")
+    assert list(table.index) == ["full", "coarse", "fine"]
+    assert table.loc["coarse", "uplink_mib_median"] < table.loc["full", "uplink_mib_median"] / 7
+    assert "coarse" in console.file.getvalue()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What a compressor buys" in page
+    assert "uplink.name=top_k" in page
+    assert main(["report", str(tmp_path / "out"), f"out={tmp_path / 'again' / 'report.html'}"]) == 0
+    again = pd.read_csv(tmp_path / "again" / "comparison.csv").set_index("method")
+    pd.testing.assert_frame_equal(again, table)
 
 
 # ---- tuning

@@ -243,7 +243,7 @@ def test_links_that_are_not_kept_cannot_be_asked_for() -> None:
 
 
 @settings(max_examples=40)
-@given(seed=st.integers(0, 999), out=st.integers(1, 20), fan_in=st.integers(1, 20), rank=st.integers(1, 5))
+@given(seed=st.integers(0, 999), out=st.integers(1, 20), fan_in=st.integers(1, 20), rank=st.integers(1, 40))
 def test_merging_with_a_core_gives_the_bits_of_its_sums_in_order(seed: int, out: int, fan_in: int, rank: int) -> None:
     """In float32, by single rounded products and sums; it stands for scale * B @ core @ A."""
     shapes = [(out, fan_in), (rank, fan_in), (out, rank), (rank, rank)]
@@ -258,7 +258,7 @@ def test_merging_with_a_core_gives_the_bits_of_its_sums_in_order(seed: int, out:
     assert expected.dtype == np.float32
     assert np.array_equal(weights["fc1.weight"].numpy(), expected)
     whole = weight + 0.3 * lora_b @ core @ lora_a
-    torch.testing.assert_close(weights["fc1.weight"], whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights["fc1.weight"], whole, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("place", ["lora_a", "lora_b", "core"])

@@ -667,6 +667,13 @@ def test_a_client_of_an_older_open_link_is_sent_what_changed_since() -> None:
     client.receive(server, server.deliver(client.needs))
 
 
+def test_a_factor_of_which_nothing_is_known_is_sent() -> None:
+    """As that of a link that a method has just opened with explicit factors."""
+    server, client = _with_open_pair()
+    server.since = {"fc1.lora_b": server.since["fc1.lora_b"]}
+    assert _num_bytes(server.deliver(client.needs)) == {UPDATE: A_BYTES}
+
+
 def test_whole_tensors_of_the_open_link_are_always_sent() -> None:
     server, client = _with_open_pair()
     for _ in range(2):

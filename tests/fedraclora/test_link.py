@@ -325,6 +325,13 @@ def test_narrowing_leaves_whole_tensors_and_the_rule_alone() -> None:
     assert (narrowed.index, narrowed.rule) == (link.index, link.rule)
 
 
+def test_where_lora_b_starts_at_zero_the_other_factor_is_not_scaled_in_its_place() -> None:
+    """It is lora_b that trains then, and its values are scaled when they come back."""
+    link = Link(0, (LowRank("fc1", 1.0, torch.ones(2, 3), Zero((4, 2))),))
+    narrowed = narrow(link, {"fc1": 1}, {"fc1": 4.0})
+    assert torch.equal(narrowed.named_tensors["fc1.lora_a"], torch.ones(1, 3))
+
+
 def test_a_stack_cannot_be_cut() -> None:
     stack = Stack((replace(KEY, rank=1), replace(KEY, rank=1, seed=6)))
     link = Link(0, (LowRank("fc1", 1.0, stack, Zero((4, 2))),))
