@@ -282,6 +282,8 @@ def _score_one(settings: CompareSettings, folder: Path, display: Display, which:
     if path is None:
         raise BudgetTooSmall(f"{method} cannot be tuned: no round is affordable")
     rounds = pd.read_csv(path / "rounds.csv")
+    # A longer run that is there already serves as well.
+    rounds = rounds[rounds["round"] <= one.rounds]
     summary = read_json(path / "summary.json")
     # Where there is no model for all, the clients' own models are what is tuned.
     accuracies = rounds["test_accuracy" if summary["is_global"] else "personal_accuracy"].dropna().tolist()
