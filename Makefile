@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench build clean
+.PHONY: help install demo test test-slow check format mutations bench build clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ check: install ## Run the static checks, then the default test suite
 format: install ## Format the code and repair what the linter can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+mutations: install ## Break the code in known ways; each must make a test fail
+	$(BIN)/python tests/mutate.py
 
 bench: install ## Measure the time of one round
 	$(BIN)/python -m experiments.benchmarks.round_time

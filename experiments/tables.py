@@ -50,8 +50,8 @@ def comparison_table(runs: Runs, *, targets: Sequence[float], budget_mib: float 
     `_median`, `_min` and `_max` are over seeds. `*_mib_to_T_*` is the first evaluated round with at least accuracy T;
     `num_reached_T` counts the seeds that got there, the others enter with what they had spent, and
     `*_mib_to_T_is_lower_bound` tells whether that leaves the median a lower bound. Runs without accuracies are compared
-    by their test loss and have no targets. `num_unfinished` counts the runs that diverged, failed or were interrupted. A
-    method that is not `is_global` makes no model for all clients; its test metric is that of the part they share.
+    by their test loss and have no targets. `num_unfinished` counts the runs that diverged, failed or were interrupted.
+    A method that is not `is_global` makes no model for all clients; its test metric is that of the part they share.
     """
     budget = _smallest_total(runs) if budget_mib is None else budget_mib
     reachable = sorted(set(targets)) if runs.metric == "test_accuracy" else []

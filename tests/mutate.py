@@ -96,13 +96,7 @@ MUTATIONS = (
     ),
     Mutation(
         "keep the first client of a stack only",
-        (
-            Edit(
-                "strategies/_factors.py",
-                "for client, share in shares(updates).items()",
-                "for client, share in list(shares(updates).items())[:1]",
-            ),
-        ),
+        (Edit("strategies/_factors.py", "    parts = list(products)\n", "    parts = list(products)[:1]\n"),),
         ("tests/strategies/test_methods.py",),
     ),
     Mutation(

@@ -6,7 +6,7 @@ import torch
 from clients.replica_store import ReplicaStore
 from experiments.settings import SketchSettings
 from fedraclora import sketch
-from fedraclora.delivery import Needs, OpenLink, VersionMismatch, deliver
+from fedraclora.delivery import NOTHING, Needs, OpenLink, VersionMismatch, deliver
 from fedraclora.local import LocalClient, LocalConfig, train_cohort
 from fedraclora.plan import RoundPlan, Training
 from tests.helpers import federation, same_weights, settings
@@ -125,3 +125,87 @@ def test_what_is_kept_of_an_open_link_survives_on_disk_with_its_version(tmp_path
     again.files = store
     again.advance()
     assert again.open_version == version
+
+
+TRAINED = [
+    "rac_lora",
+    "full",
+    "fed_slop",
+    "sketched_full",
+    "fed_it",
+    "ro_lora",
+    "fedex_lora",
+    "fr_lora",
+    "flora",
+    "fed_krso",
+    ("fed_sb", {"init": "update"}),
+    ("fed_sb", {"init": "random"}),
+]
+
+
+@pytest.mark.parametrize("method", TRAINED, ids=str)
+def test_whatever_trains_a_client_starts_from_the_servers_model(method):
+    parts = federation(settings(method=method, dtype="float64", rounds=2, fraction=1.0))
+    parts.run()
+    if parts.chain.open is None:
+        parts.chain.open_link(parts.problem.method.open_link(parts.chain.num_links, parts.chain.merged))
+    bring(parts)
+    asked = plan(parts)
+    trainer, start = parts.replica.prepare(asked)
+    assert set(start) == {*asked.training.keys, *asked.training.dense}
+    own = {**start, **parts.replica.own_factors(0, asked)}
+    trainer.model.bind({key: tensor.unsqueeze(0) for key, tensor in own.items()}, num_clients=1)
+    inputs, model = parts.problem.dataset.test.inputs[:5], parts.problem.model
+    model.load_state_dict(parts.chain.weights())
+    torch.testing.assert_close(trainer.model(inputs), model(inputs), rtol=1e-10, atol=1e-12)
+
+
+def test_a_new_process_is_sent_nothing_that_its_disk_keeps_and_ends_at_the_servers_version(tmp_path):
+    parts = federation(settings(method="fed_it", rounds=1))
+    parts.run()
+
+    def new_process():
+        replica = parts.problem.replica(parts.problem.new_chain(), parts.replica.store)
+        replica.files = ReplicaStore(tmp_path)
+        replica.advance()
+        return replica
+
+    names = parts.chain.open.explicit_factors
+    opened = OpenLink(parts.chain.open, dict.fromkeys(names, parts.chain.version))
+    new_process().receive([deliver(parts.chain, Needs(0), opened=opened)])
+    later = new_process()
+    assert (later.open_version, later.num_kept) == (parts.chain.version, 0)
+    delivery = deliver(parts.chain, Needs(0, open_version=later.open_version), opened=opened)
+    assert delivery.num_bytes == 0
+    later.receive([delivery])
+    assert later.chain.digest == parts.chain.digest
+    (tmp_path / "open.safetensors").unlink()
+    forgetful = new_process()
+    assert forgetful.open_version == NOTHING
+    with pytest.raises(VersionMismatch, match="not here any more"):
+        forgetful.receive([delivery])
+
+
+def test_a_disk_that_cannot_keep_the_open_link_keeps_nobody_from_training(tmp_path, monkeypatch):
+    parts = federation(settings(method="fed_it", rounds=1))
+    parts.run()
+    replica = parts.problem.replica(parts.problem.new_chain(), parts.replica.store)
+    replica.files = ReplicaStore(tmp_path)
+
+    def refuse(kept, version):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(replica.files, "keep_open", refuse)
+    opened = OpenLink(parts.chain.open, {})
+    replica.receive([deliver(parts.chain, Needs(0), opened=opened)])
+    assert replica.open_version == NOTHING, "another process would not have it"
+    trainer, _ = replica.prepare(plan(parts))
+    assert replica.chain.digest == parts.chain.digest
+    assert trainer.model is not None
+
+
+def test_factors_of_clients_of_other_ranks_are_kept_side_by_side_in_one_process():
+    parts = federation(settings(method="het_lora", client_ranks=[1, 2, 1, 2, 1, 2], fraction=1.0, rounds=2))
+    parts.run()
+    ranks = {shape[0] for name, shape in parts.replica.kept if name == "fc1.lora_a"}
+    assert ranks == {1, 2}

@@ -172,32 +172,41 @@ def test_what_is_sent_whole_in_a_coins_rounds_is_charged_whole():
     assert all(len(size) == 1 for size in sizes), "one coin for all"
 
 
-@pytest.mark.parametrize("name", ["fr_lora", "fed_sb"])
-def test_factors_that_stay_are_sent_to_each_client_once(name):
-    """Each is sampled now and then; what it got when it first came it is not sent again."""
-    chosen = settings(method=name, model="softmax_regression", rank=R, fraction=1 / 3, rounds=16, lr=0.05)
-    parts = federation(chosen)
-    seen = {}
-    for report in parts.run()[1:]:
-        for partition in {row.partition for row in report.rows if row.direction == "up"}:
+def now_and_then(method, num_rounds):
+    """Yield each round, a client of it, and what that client was sent, by kind, of a run in which few take part."""
+    chosen = settings(method=method, model="softmax_regression", rank=R, fraction=1 / 3, rounds=num_rounds, lr=0.05)
+    for report in federation(chosen).run()[1:]:
+        for partition in sorted({row.partition for row in report.rows}):
             rows = [row for row in report.rows if (row.partition, row.direction) == (partition, "down")]
-            update = sum(row.parameters for row in rows if row.kind == "update")
-            if name == "fed_sb":
-                expected = (PAIR + R * R if partition not in seen else R * R) if report.round > 1 else 0
-                # Who was asked in round 1 trained the weights in full, and has no factors yet.
-                is_there = report.round > 1
-            else:
-                newest = PAIR if report.round > 1 else 0
-                expected, is_there = newest + (PAIR if partition not in seen else 0), True
-                catch_up = sum(row.parameters for row in rows if row.kind in ("catch_up", "snapshot"))
-                if partition in seen and report.round - seen[partition] > 1:
-                    assert catch_up == min(PAIR * (report.round - 1 - seen[partition]), WEIGHT + PAIR) or catch_up > 0
-                if any(row.kind == "snapshot" and row.parameters for row in rows):
-                    expected -= newest
-            assert update == expected, (report.round, partition)
-            if is_there:
-                seen[partition] = report.round
-    assert len(seen) == 6
+            yield report.round, partition, {row.kind: row.parameters for row in rows if row.parameters}
+
+
+def test_the_outer_factors_of_fed_sb_are_sent_to_each_client_once():
+    """Who was asked in round 1 trained the weights in full, and has no factors yet."""
+    seen = set()
+    for round, partition, sent in now_and_then("fed_sb", 12):
+        if round == 1:
+            assert sent == {}
+        else:
+            assert sent == {"update": R * R if partition in seen else PAIR + R * R}
+            seen.add(partition)
+    assert seen == set(range(6))
+
+
+def test_the_principal_pair_of_fr_lora_is_sent_to_each_client_once_and_missed_links_are_pairs():
+    """Each closed link holds the principal pair too, but as the open one's; a snapshot where that is fewer."""
+    held, kinds = {}, set()
+    for round, partition, sent in now_and_then("fr_lora", 14):
+        closed, pair = round - 1, 0 if partition in held else PAIR
+        missed = closed - held.get(partition, 0)
+        expected = {"update": pair + PAIR * min(missed, 1), "catch_up": PAIR * max(missed - 1, 0)}
+        if missed > 1 and missed * PAIR > WEIGHT:
+            expected = {"update": pair, "snapshot": WEIGHT}
+        assert sent == {kind: number for kind, number in expected.items() if number}
+        held[partition] = closed
+        kinds |= set(sent)
+    assert kinds == {"update", "catch_up", "snapshot"}
+    assert held.keys() == set(range(6))
 
 
 def test_a_drawn_factor_costs_nothing_whatever_its_size():

@@ -23,7 +23,7 @@ def setting_names():
         yield from [f"{item.name}.{own.name}" for own in fields(value)] if nested else [item.name]
 
 
-@pytest.mark.parametrize("name", setting_names())
+@pytest.mark.parametrize("name", list(setting_names()))
 def test_every_setting_is_explained(name):
     assert name in re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", FOOTER)
 

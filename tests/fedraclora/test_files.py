@@ -78,6 +78,15 @@ def test_tensors_and_metadata_survive_bit_for_bit(tmp_path: Path) -> None:
     assert found["special"].signbit().tolist() == [True, False]
 
 
+def test_tensors_that_share_memory_are_written_each_by_itself(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    tensors = {"whole": whole, "again": whole, "rows": whole[:2], "flat": whole.reshape(-1)}
+    write_tensors(tmp_path / "tensors", tensors, {})
+    found, _ = read_tensors(tmp_path / "tensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not safetensors", b"\xff" * 16])
 def test_missing_and_damaged_files_are_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "broken"

@@ -1,5 +1,7 @@
 """Tests of fedraclora.gradients, and of training by its rules: projection, blocks, privacy of examples."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,32 @@ def test_the_noise_of_a_private_step_has_the_stated_deviation() -> None:
     scaled = torch.cat(moved).numpy() / (LR * noise * CLIP / 4)
     low, high = stats.chi2.ppf([1e-4, 1 - 1e-4], len(scaled))
     assert low < np.square(scaled).sum() < high
+
+
+@pytest.mark.parametrize("chunk_clients", [1, 2])
+def test_noise_does_not_depend_on_who_trains_together(chunk_clients: int) -> None:
+    config, results = LocalConfig(lr=LR, steps=3, batch_size=6), []
+    clients = [
+        LocalClient(np.arange(0, 20), 5, noise_seed=1),
+        LocalClient(np.arange(20, 24), 6, noise_seed=2),
+        LocalClient(np.arange(24, 40), 7, noise_seed=3),
+    ]
+    for limit in (0, chunk_clients):
+        trainer, start, _, _ = _trainer(example_clip=CLIP, example_noise=1.0)
+        trainer = replace(trainer, chunk_clients=limit)
+        results.append(sorted(train_cohort(trainer, start, clients, config), key=lambda result: result.position))
+    for whole, cut in zip(*results, strict=True):
+        for key, tensor in whole.tensors.items():
+            torch.testing.assert_close(cut.tensors[key], tensor, rtol=1e-9, atol=1e-10)
+
+
+def test_noise_without_a_seed_is_never_the_same() -> None:
+    config, found = LocalConfig(lr=LR, steps=1, batch_size=4), []
+    for _ in range(2):
+        trainer, start, _, _ = _trainer(example_clip=CLIP, example_noise=1.0)
+        (result,) = train_cohort(trainer, start, [LocalClient(np.arange(20), 5)], config)
+        found.append(result.tensors["0.lora_b"])
+    assert not torch.equal(*found)
 
 
 def test_each_clients_noise_is_its_own() -> None:

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from fedraclora.data import Examples
 from fedraclora.layers import CohortModel, check_rows_stay_apart
+from fedraclora.link import FACTORS
 from fedraclora.local import LocalClient, LocalConfig, Trainer, train_cohort
 from fedraclora.models import cnn
 from fedraclora.targets import MatrixShape, find_dense, find_targets
 from fedraclora.tasks import row_loss
 
 SIDES = ("b", "a", "ab")
+# A core of each client's own between shared factors, or a shared one beside a client's own B.
+CORES = ("core", "b core")
 TOLERANCE = 1e-12
 Tensors = dict[str, Tensor]
 
@@ -33,7 +36,7 @@ def _seeded() -> Iterator[None]:
 
 
 def _plain_model(model: nn.Module, tensors: Mapping[str, Tensor], scale: float, client: int) -> nn.Module:
-    """Return a copy of `model` with the client's own tensors in place and `W + scale * B_c @ A_c` as its weights."""
+    """Return a copy of `model` with the client's own tensors and `W + scale * B_c @ core_c @ A_c` as its weights."""
     plain = copy.deepcopy(model)
     parameters = dict(plain.named_parameters())
     with torch.no_grad():
@@ -41,20 +44,25 @@ def _plain_model(model: nn.Module, tensors: Mapping[str, Tensor], scale: float, 
             owner, _, name = key.rpartition(".")
             if name == "lora_b":
                 lora_a = tensors[f"{owner}.lora_a"]
-                own_b, own_a = (factor if factor.ndim == 2 else factor[client] for factor in (tensor, lora_a))
+                core = tensors.get(f"{owner}.core", torch.eye(lora_a.shape[-2], dtype=torch.float64))
+                factors = (factor if factor.ndim == 2 else factor[client] for factor in (tensor, core, lora_a))
+                own_b, own_core, own_a = factors
                 weight = parameters[f"{owner}.weight"]
-                weight.add_(scale * (own_b @ own_a).reshape(weight.shape))
-            elif name != "lora_a":
+                weight.add_(scale * (own_b @ own_core @ own_a).reshape(weight.shape))
+            elif name not in FACTORS:
                 parameters[key].copy_(tensor[client])
     return plain
 
 
 def _factors(layer: str, shape: MatrixShape, rank: int, side: str, clients: int) -> Tensors:
-    """Return random factors: the trained ones with a client axis, the other one shared."""
-    lora_a, lora_b = (rank, shape.in_), (shape.out, rank)
+    """Return random factors: the trained ones with a client axis, the others shared."""
+    shapes = {"lora_a": (rank, shape.in_), "lora_b": (shape.out, rank)}
+    own = {"lora_a": side in ("a", "ab"), "lora_b": side in ("b", "ab", "b core"), "core": side == "core"}
+    if side in CORES:
+        shapes["core"] = (rank, rank)
     return {
-        f"{layer}.lora_a": torch.randn(*([clients] if "a" in side else []), *lora_a, dtype=torch.float64),
-        f"{layer}.lora_b": torch.randn(*([clients] if "b" in side else []), *lora_b, dtype=torch.float64),
+        f"{layer}.{name}": torch.randn(*([clients] if own[name] else []), *shape, dtype=torch.float64)
+        for name, shape in shapes.items()
     }
 
 
@@ -63,10 +71,14 @@ def _own(model: nn.Module, names: list[str], clients: int) -> Tensors:
     return {name: torch.randn(clients, *parameters[name].shape, dtype=torch.float64) for name in names}
 
 
+def _is_whole(key: str) -> bool:
+    return key.rpartition(".")[2] not in FACTORS
+
+
 def _assert_cohort_equals_clients(model: nn.Module, tensors: Tensors, inputs: Tensor, scale: float = 0.7) -> None:
     """`inputs` are `[clients, batch, ...]`."""
     low_rank = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
-    cohort = CohortModel(model, low_rank=low_rank, dense=[key for key in tensors if ".lora_" not in key])
+    cohort = CohortModel(model, low_rank=low_rank, dense=[key for key in tensors if _is_whole(key)])
     cohort.set_scales(dict.fromkeys(low_rank, scale))
     cohort.bind(tensors, num_clients=len(inputs))
     with torch.no_grad():
@@ -85,9 +97,9 @@ def test_linear_cohort_equals_plain_layers_with_merged_weights(data: st.DataObje
     small = st.integers(1, 4)
     clients, batch, fan_in, fan_out, rank = (data.draw(small) for _ in range(5))
     between = data.draw(st.lists(small, max_size=2))
-    has_bias, form = data.draw(st.booleans()), data.draw(st.sampled_from([*SIDES, "weight", "none"]))
+    has_bias, form = data.draw(st.booleans()), data.draw(st.sampled_from([*SIDES, *CORES, "weight", "none"]))
     model = nn.Sequential(nn.Linear(fan_in, fan_out, bias=has_bias)).double()
-    tensors = _factors("0", MatrixShape(fan_out, fan_in), rank, form, clients) if form in SIDES else {}
+    tensors = _factors("0", MatrixShape(fan_out, fan_in), rank, form, clients) if form in (*SIDES, *CORES) else {}
     own = (["0.weight"] if form == "weight" else []) + (["0.bias"] if has_bias and data.draw(st.booleans()) else [])
     tensors |= _own(model, own, clients)
     inputs = torch.randn(clients, batch, *between, fan_in, dtype=torch.float64)
@@ -103,11 +115,11 @@ def test_conv_cohort_equals_plain_layers_with_merged_kernels(data: st.DataObject
     kernel, dilation = (data.draw(small), data.draw(small)), (data.draw(small), data.draw(small))
     stride = (data.draw(small), data.draw(small))
     paddings: list[Any] = [0, 1, (2, 1), "valid"] + (["same"] if stride == (1, 1) else [])
-    has_bias, form = data.draw(st.booleans()), data.draw(st.sampled_from([*SIDES, "weight", "none"]))
+    has_bias, form = data.draw(st.booleans()), data.draw(st.sampled_from([*SIDES, *CORES, "weight", "none"]))
     padding = data.draw(st.sampled_from(paddings))
     model = nn.Sequential(nn.Conv2d(fan_in, fan_out, kernel, stride, padding, dilation, bias=has_bias)).double()
     shape = MatrixShape(fan_out, fan_in * kernel[0] * kernel[1])
-    tensors = _factors("0", shape, rank, form, clients) if form in SIDES else {}
+    tensors = _factors("0", shape, rank, form, clients) if form in (*SIDES, *CORES) else {}
     own = (["0.weight"] if form == "weight" else []) + (["0.bias"] if has_bias and data.draw(st.booleans()) else [])
     tensors |= _own(model, own, clients)
     _assert_cohort_equals_clients(model, tensors, torch.randn(clients, batch, fan_in, 8, 9, dtype=torch.float64))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedraclora.data import Examples
 from fedraclora.layers import CohortModel
 from fedraclora.local import LocalClient, LocalConfig, LocalResult, Trainer, local_batches, train_cohort
+from fedraclora.optim import Member
 from fedraclora.targets import MatrixShape, find_targets
 from fedraclora.tasks import row_loss
 
@@ -51,6 +52,7 @@ class Problem:
         known = self.plain.state_dict() | self.factors
         self.start: Tensors = {key: known[key] for key in self.trained}
         self.frozen = {key: factor for key, factor in self.factors.items() if key not in self.start}
+        self.correction: Tensors = {}
         targets = torch.randint(0, 3, (sum(sizes),), generator=torch.Generator().manual_seed(seed))
         self.examples = Examples(_numbers(seed + 50, sum(sizes), 5), targets)
         bounds = np.cumsum([0, *sizes])
@@ -106,14 +108,16 @@ class Problem:
             losses.append(loss.item())
             distance = torch.stack([(leaf - start[key]).square().sum() for key, leaf in leaves.items()]).sum()
             optimizer.zero_grad()
-            (loss + 0.5 * config.proximal * distance).backward()
+            # The gradient of a linear term is its coefficients: a correction of the gradient.
+            linear = sum((torch.sum(term * leaves[key]) for key, term in self.correction.items()), torch.zeros(()))
+            (loss + 0.5 * config.proximal * distance + linear).backward()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(leaves.values(), config.clip_norm)
             optimizer.step()
         return {key: leaf.detach() for key, leaf in leaves.items()}, float(np.mean(losses))
 
     def _merged(self, leaves: Tensors) -> Tensors:
-        weights = {name: tensor.detach() for name, tensor in self.plain.state_dict().items()}
+        weights: Tensors = {name: tensor.detach() for name, tensor in self.plain.state_dict().items()}
         weights |= {key: leaf for key, leaf in leaves.items() if ".lora_" not in key}
         factors = self.factors | leaves
         for layer in ("0", "3"):
@@ -198,6 +202,75 @@ def test_results_do_not_depend_on_the_chunks(
             _assert_same(cut, expected, TOLERANCES[config.optimizer])
 
 
+# ---- what a client brings of its own ----
+
+
+def _member(problem: Problem, client: int, side: str) -> Member:
+    """Each client has other frozen factors, and some start elsewhere, at another rate, or are corrected."""
+    own = {key: _numbers(900 + client, *factor.shape) for key, factor in problem.frozen.items()}
+    if client % 2:
+        own |= {f"0.lora_{side}": _numbers(800 + client, *problem.start[f"0.lora_{side}"].shape)}
+    correction = {"3.bias": 0.1 * _numbers(700 + client, 3)} if client % 3 == 2 else {}
+    return Member(own=own, lr_scale=(1.0, 0.5, 2.0)[client % 3], correction=correction)
+
+
+@settings(max_examples=25)
+@given(config=configs, sizes=sizes_of_clients, side=st.sampled_from(["b", "a"]), chunk_clients=st.integers(0, 3))
+def test_clients_with_tensors_of_their_own_train_as_if_all_had_those(
+    config: LocalConfig, sizes: list[int], side: str, chunk_clients: int
+) -> None:
+    problem = Problem(4, sizes, side)
+    members = [_member(problem, place, side) for place in range(len(sizes))]
+    clients = [replace(client, member=member) for client, member in zip(problem.clients, members, strict=True)]
+    results = problem.train_clients(clients, config, chunk_clients=chunk_clients)
+    for result, client in zip(results, clients, strict=True):
+        alone, own = copy.copy(problem), client.member.own
+        alone.factors = problem.factors | {key: own[key] for key in problem.frozen}
+        alone.start = {key: own.get(key, tensor) for key, tensor in problem.start.items()}
+        alone.correction = dict(client.member.correction)
+        tensors, loss = alone.train_alone(client, replace(config, lr=config.lr * client.member.lr_scale))
+        for key, expected in tensors.items():
+            tolerance = 10 * TOLERANCES[config.optimizer]
+            torch.testing.assert_close(result.tensors[key], expected, rtol=tolerance, atol=tolerance)
+        assert result.loss == pytest.approx(loss, rel=1e-9)
+
+
+@settings(max_examples=25)
+@given(
+    sizes=sizes_of_clients,
+    side=sides,
+    held_out=st.lists(st.integers(0, 6), min_size=5, max_size=5),
+    chunk_clients=st.integers(0, 2),
+)
+def test_a_client_is_scored_by_its_own_model_on_the_rows_that_it_holds_out(
+    sizes: list[int], side: str, held_out: list[int], chunk_clients: int
+) -> None:
+    """The first rows of a client are held out, and it trains on the others; its score is counted here by hand."""
+    problem = Problem(6, [size + more for size, more in zip(sizes, held_out, strict=False)], side)
+    clients = [
+        replace(client, indices=client.indices[more:], held_out=client.indices[:more])
+        for client, more in zip(problem.clients, held_out, strict=False)
+    ]
+    config = LocalConfig(lr=0.3, steps=4, batch_size=3)
+    for result, client in zip(
+        problem.train_clients(clients, config, chunk_clients=chunk_clients), clients, strict=True
+    ):
+        rows = problem.examples.select(client.held_out)
+        tensors, _ = problem.train_alone(client, config)
+        outputs = torch.func.functional_call(problem.plain, problem._merged(tensors), (rows.inputs,))
+        expected = sum(int(row.argmax()) == int(target) for row, target in zip(outputs, rows.targets, strict=True))
+        assert result.num_held_out == len(client.held_out)
+        assert result.num_correct == (expected if len(client.held_out) else None)
+        assert result.num_examples == len(client.indices)
+
+
+def test_scoring_changes_nothing_that_is_trained() -> None:
+    problem, config = Problem(6, [6, 9], "ab"), LocalConfig(lr=0.3, steps=4, batch_size=3)
+    scored = [replace(client, held_out=np.arange(15)) for client in problem.clients]
+    for found, expected in zip(problem.train_clients(scored, config), problem.train(config), strict=True):
+        assert all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.tensors.items())
+
+
 def test_float32_results_agree_to_1e_5_in_relative_frobenius_norm() -> None:
     problem, config = Problem(1, [9, 4, 30, 1], "ab"), LocalConfig(lr=0.2, steps=10, batch_size=8)
     together = problem.train(config, dtype=torch.float32)
@@ -225,7 +298,9 @@ def test_regression_trains_like_classification() -> None:
     cohort.bind({"0.lora_a": lora_a}, num_clients=1)
     trainer = Trainer(cohort, Examples(inputs, targets), row_loss("regression"))
     config = LocalConfig(lr=0.1, steps=1, batch_size=6)
-    (result,) = train_cohort(trainer, {"0.lora_b": torch.zeros(2, 2).double()}, [LocalClient(np.arange(6), 0)], config)
+    client = LocalClient(np.arange(6), 0, held_out=np.arange(2))
+    (result,) = train_cohort(trainer, {"0.lora_b": torch.zeros(2, 2).double()}, [client], config)
+    assert result.num_correct is None, "there is nothing to count"
     # One gradient step from B = 0 on the mean of |W x - y|^2 / 2 is B = -lr * G A^T with G the gradient in W.
     gradient = (inputs @ weight.T - targets).T @ inputs / 6
     torch.testing.assert_close(result.tensors["0.lora_b"], -0.1 * gradient @ lora_a.T, rtol=1e-12, atol=1e-12)

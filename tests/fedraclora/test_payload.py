@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedraclora.payload import flatten, unflatten
+from fedraclora.payload import digest_arrays, flatten, unflatten
 
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5)
 
@@ -57,3 +57,36 @@ def test_nothing_is_an_empty_float32_array() -> None:
 def test_another_number_of_values_is_refused(flat: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"does not hold the 6 numbers of shapes \[\(2, 2\), \(2,\)\]"):
         unflatten(flat, [(2, 2), (2,)])
+
+
+# ---- digests of what was sent
+
+ARRAYS = {"update": {"flat": np.arange(4, dtype=np.float32), "uint8": np.arange(3, dtype=np.uint8)}, "dense": {}}
+
+
+def test_the_digest_of_arrays_does_not_depend_on_their_order_layout_or_byte_order() -> None:
+    other = {
+        "dense": {},
+        "update": {"uint8": np.arange(6, dtype=np.uint8)[::2] // 2, "flat": np.arange(4, dtype=">f4")},
+    }
+    assert digest_arrays(other) == digest_arrays(ARRAYS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flat": np.arange(4, dtype=np.float64)},
+        {"flat": np.arange(4, dtype=np.int32)},
+        {"flat": np.array([0, 1, 2, -3], dtype=np.float32)},
+        {"flat": np.array([-0.0, 1, 2, 3], dtype=np.float32)},
+        {"flat": np.arange(5, dtype=np.float32)},
+        {"uint8": np.array([0, 1, 3], dtype=np.uint8)},
+        {"more": np.zeros(0, dtype=np.float32)},
+    ],
+)
+def test_the_digest_of_arrays_changes_with_names_types_sizes_and_bits(change: dict[str, np.ndarray]) -> None:
+    assert digest_arrays({**ARRAYS, "update": {**ARRAYS["update"], **change}}) != digest_arrays(ARRAYS)
+
+
+def test_the_digest_of_arrays_changes_with_the_kind() -> None:
+    assert digest_arrays({"dense": ARRAYS["update"]}) != digest_arrays(ARRAYS)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedraclora import sketch
-from fedraclora.link import Link, LowRank, Zero
+from fedraclora.link import Link, LowRank, Stack, Zero, draw
 from fedraclora.rebase import rebase
 from fedraclora.sketch import SketchKey
 
@@ -118,6 +118,36 @@ def test_beside_a_factor_that_trains_too_nothing_changes(mode: str) -> None:
     second = Link(1, (LowRank("fc1", 1.0, _numbers(2, 2, IN), _numbers(3, OUT, 2)),))
     remembered = {"fc1.lora_b": _numbers(4, OUT, 2), "fc1.lora_a": _numbers(5, 2, IN)}
     assert rebase(remembered, first, second, mode=mode) == (remembered, 0.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("is_back", [False, True])
+def test_where_only_one_of_the_links_has_a_drawn_factor_there_is_no_other_basis(mode: str, *, is_back: bool) -> None:
+    """Where both factors train A is drawn in a link's first round, and numbers in the later ones."""
+    first = _link(0, "b")
+    later = Link(0, (LowRank("fc1", 0.5, _numbers(0, 2, IN), _numbers(1, OUT, 2)),)).skeleton()
+    remembered = {"fc1.lora_b": _numbers(4, OUT, 2), "fc1.lora_a": _numbers(5, 2, IN)}
+    links = (later, first) if is_back else (first, later)
+    assert rebase(remembered, *links, mode=mode) == (remembered, 0.0)
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 999), mode=st.sampled_from(MODES))
+def test_the_basis_of_a_stack_is_that_of_all_its_draws_and_what_was_given_counts_as_drawn(seed: int, mode: str) -> None:
+
+    def link(index: int, *, is_given: bool) -> Link:
+        keys = tuple(SketchKey("gaussian", seed + part, index, "fc1", "b", 1, IN) for part in (0, 1))
+        stacked = Link(index, (LowRank("fc1", 0.5, Stack(keys), Zero((OUT, 2))),))
+        return stacked.with_given([draw(Stack(keys))]) if is_given else stacked
+
+    tensor = {"fc1.lora_b": _numbers(seed, OUT, 2)}
+    plain = rebase(tensor, link(0, is_given=False), link(1, is_given=False), mode=mode)
+    given_ = rebase(tensor, link(0, is_given=True), link(1, is_given=True), mode=mode)
+    assert torch.equal(plain[0]["fc1.lora_b"], given_[0]["fc1.lora_b"])
+    if mode == "transport":
+        old, new = (draw(link(index, is_given=False).drawn[0]).double().numpy() for index in (0, 1))
+        expected = np.linalg.lstsq(new.T, (tensor["fc1.lora_b"].numpy() @ old).T, rcond=1e-10)[0].T
+        np.testing.assert_allclose(plain[0]["fc1.lora_b"].numpy(), expected, rtol=1e-8, atol=1e-8)
 
 
 @settings(max_examples=20)
