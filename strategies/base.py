@@ -102,7 +102,7 @@ class ChainStrategy(Strategy):
     def _now(self) -> Asked:
         """Return the round in progress. Raises RuntimeError where none has been configured."""
         if self._asked is None:
-            raise RuntimeError("no round is open; configure_train comes first")
+            raise RuntimeError("no round is open; open_round comes first")
         return self._asked
 
     def _introduction(self) -> RecordDict:

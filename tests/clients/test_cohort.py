@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord, Message, RecordDict
 
+from clients import cohort
+from clients.cohort import Request
 from clients.state_store import MOMENTS, PRIVATE
 from experiments.run import run
+from fedraclora.plan import RoundPlan, Training
 from tests.helpers import (
     AppsGrid,
     OneByOneGrid,
@@ -181,3 +185,25 @@ def test_plain_sgd_keeps_no_state():
     parts = federation(settings())
     parts.run()
     assert parts.replica.store._states == {}
+
+
+@pytest.mark.parametrize(
+    ("plan", "is_same"),
+    [
+        (RoundPlan(1, Training({"fc1": "b"}), batch_seed=3), True),
+        (RoundPlan(1, Training({"fc1": "b"}), batch_seed=3, example_clip=1.0, noise_seed=4), True),
+        (RoundPlan(1, Training({"fc1": "b"}), batch_seed=3, example_clip=1.0), False),
+    ],
+    ids=["not private", "private in a simulation", "private"],
+)
+def test_only_the_batches_of_private_training_cannot_be_foretold(plan, is_same):
+    """A server that knows which examples were in a batch needs less noise to be told apart from."""
+    parts = federation(settings())
+    record = {**plan.to_record(), "start_state": -1, "lr_scale": 1.0, "is_whole": True}
+    message = Message(RecordDict({"plan": ConfigRecord(record)}), 5, "train", group_id="1")
+    link = parts.problem.method.open_link(0, parts.chain.merged)
+    parts.replica.chain.open_link(link)
+    job = cohort._Job(Request(2, message), link, cohort.Remembered(), {})
+    first, second = (cohort._local_client(parts.replica, plan, job) for _ in range(2))
+    assert (first.seed == second.seed) == is_same
+    assert (first.noise_seed is None) == (plan.noise_seed == -1)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.runtimes.in_process import InProcessGrid
+from experiments.settings import MemorySettings
 from fedraclora.datasets.quadratic import minimiser
 from fedraclora.link import materialize
 from fedraclora.payload import unflatten
@@ -38,6 +40,16 @@ def test_links_that_never_close_are_ffa_lora(momentum):
     rac = final_weights(settings(method=("rac_lora", {"rounds_per_link": 0}), lr=0.5, momentum=momentum))
     ffa = final_weights(settings(method="ffa_lora", lr=0.5, momentum=momentum))
     assert same_weights(rac, ffa)
+
+
+def test_never_closing_links_of_one_side_are_bernoulli_lora_whose_coin_always_falls_so():
+    shared = {"lr": 0.5, "rounds": 4}
+    for side, probability in (("b", 0.0), ("a", 1.0)):
+        rac = federation(settings(method=("rac_lora", {"side": side}), **shared))
+        coin = federation(settings(method=("bernoulli_lora", {"probability": probability}), **shared))
+        rac.run()
+        coin.run()
+        assert coin.chain.digest == rac.chain.digest
 
 
 def test_links_longer_than_the_run_are_ffa_lora():
@@ -144,7 +156,7 @@ def test_a_new_link_changes_no_bit_of_the_model():
         parts = federation(settings(method=("rac_lora", {"side": side})))
         parts.run()
         before = parts.chain.weights()
-        parts.chain.open_link(parts.problem.method.open_link(parts.chain.num_links))
+        parts.chain.open_link(parts.problem.method.open_link(parts.chain.num_links, parts.chain.merged))
         assert same_weights(parts.chain.weights(), before)
 
 
@@ -166,3 +178,106 @@ def test_the_mean_of_the_clients_products_is_the_product_of_their_mean():
             own = unflatten(reply.content.array_records["update"]["flat"].numpy(), shapes)[place]
             expected += sizes[part] / sum(sizes.values()) * term.scale * (own @ drawn)
         torch.testing.assert_close(parts.chain.weights()[term.target], expected, rtol=1e-12, atol=1e-13)
+
+
+def test_clients_of_nested_ranks_on_one_a_are_aggregated_exactly():
+    chosen = settings(
+        method="rac_lora", rank=4, client_ranks=[1, 2, 4, 4, 2, 1], alpha=4.0, lr=0.2, dtype="float64", verify=True,
+        fraction=1.0,
+    )  # fmt: skip
+    for report in federation(chosen).run()[1:]:
+        assert report.aggregation_gap < 1e-12
+
+
+def test_clients_that_all_have_the_full_rank_are_clients_without_ranks_of_their_own():
+    shared = {"rank": 3, "alpha": 6.0, "lr": 0.1, "dtype": "float64"}
+    for method in ("rac_lora", "flora", "flexlora", "het_lora"):
+        plain = final_weights(settings(method=method, **shared))
+        ranked = final_weights(settings(method=method, client_ranks=[3] * 6, **shared))
+        assert same_weights(ranked, plain)
+
+
+def test_one_round_of_fedex_lora_is_one_of_flora_from_a_common_start():
+    """Both merge the mean of the clients' products: one as means and their residual, the other side by side."""
+    shared = {"dtype": "float64", "rounds": 1, "lr": 0.2, "alpha": 4.0}
+    flora = final_weights(settings(method=("flora", {"private_start": False}), **shared))
+    for residual in ("factors", "dense"):
+        fedex = final_weights(settings(method=("fedex_lora", {"residual": residual}), **shared))
+        assert relative_distance(fedex, flora) < 1e-14
+
+
+def test_a_ridge_without_end_makes_lora_fair_fed_it():
+    shared = {"dtype": "float64", "lr": 0.2}
+    fair = final_weights(settings(method=("lora_fair", {"ridge": 1e12}), **shared))
+    assert relative_distance(fair, final_weights(settings(method="fed_it", **shared))) < 1e-10
+
+
+def test_het_lora_of_one_client_a_round_is_fed_it():
+    """One client's product has all the weight, whatever its norm."""
+    shared = {"dtype": "float64", "lr": 0.2, "fraction": 1 / 6, "rounds": 4}
+    het = final_weights(settings(method="het_lora", **shared))
+    assert relative_distance(het, final_weights(settings(method="fed_it", **shared))) < 1e-12
+
+
+def test_one_subspace_is_rac_lora_and_one_block_takes_every_step():
+    """FedKRSO with one seed: the same method on another draw, so that only what does not depend on it is compared."""
+    shared = {"lr": 0.5, "dtype": "float64", "rank": 64, "model": ("softmax_regression", {"bias": False}), "rounds": 3}
+    one = final_weights(settings(method=("fed_krso", {"num_seeds": 1}), **shared))
+    rac = final_weights(settings(method="rac_lora", **shared))
+    assert relative_distance(one, rac) < 1e-6, "at full rank all draws span everything"
+
+
+def test_a_clients_own_factor_on_the_learning_rate_is_one_on_its_steps():
+    half = federation(settings(lr=0.8, client_lr_scales=[0.5] * 6))
+    plain = federation(settings(lr=0.4))
+    half.run()
+    plain.run()
+    assert half.chain.digest == plain.chain.digest
+    still = federation(settings(lr=0.4, fraction=1.0, rounds=1, client_lr_scales=[1.0, *[1e-30] * 5]))
+    alone = federation(settings(lr=0.4, fraction=1.0, rounds=1))
+    still.run()
+    alone.run()
+    norms = {
+        name: [float(np.abs(m.content.array_records["update"]["flat"].numpy()).max()) for m in replies(parts)]
+        for name, parts in {"still": still, "alone": alone}.items()
+    }
+    assert norms["still"][0] == norms["alone"][0]
+    assert max(norms["still"][1:]) < 1e-20 < min(norms["alone"][1:])
+
+
+def replies(parts):
+    return [message for way, _, message in parts.grid.seen if way == "up" and "update" in message.content.array_records]
+
+
+# ---- compression on a problem whose optimum is known
+
+HETEROGENEOUS = {
+    **QUADRATIC,
+    "dataset": ("quadratic", {**QUADRATIC["dataset"][1], "condition": 1.5, "noise": 1.0}),
+    "num_clients": 6,
+    "method": "full",
+    "lr": 0.4,
+}
+
+
+def distance_from_the_optimum(feedback, uplink, rounds):
+    """Return f(W) - f(W*) after full gradients of all clients, each with an optimum of its own."""
+    chosen = settings(
+        **HETEROGENEOUS, rounds=rounds, uplink=(uplink, {"share": 0.25}),
+        memory=MemorySettings(feedback, whole_probability=0.2),
+    )  # fmt: skip
+    parts = federation(chosen, grid=InProcessGrid)
+    parts.run()
+    train = parts.problem.dataset.train
+    losses = [
+        0.5 * float((train.inputs @ weight.T - train.targets).square().sum()) / len(train)
+        for weight in (weight_of(parts), minimiser(parts.problem.dataset))
+    ]
+    return losses[0] - losses[1]
+
+
+@pytest.mark.parametrize(("feedback", "uplink"), [("ef21", "top_k"), ("marina", "rand_k")])
+def test_an_estimate_at_both_ends_reaches_the_optimum_where_a_compressor_alone_stalls(feedback, uplink):
+    """EF21 and MARINA compress what goes to zero; the clients' own updates do not."""
+    assert distance_from_the_optimum(feedback, uplink, 60) < 1e-5
+    assert distance_from_the_optimum("none", uplink, 60) > 1e-2

@@ -19,7 +19,8 @@ METHOD = '''
 
 from dataclasses import dataclass
 
-from strategies.method import Trained, replace_trained
+from fedraclora.plan import Training
+from strategies.method import Step, Traits, replace_trained
 
 
 @dataclass
@@ -29,18 +30,21 @@ class Config:
 
 
 class Toy:
+    traits = Traits(is_mean=False)
+
     def __init__(self, config, adapter):
         self.config, self.adapter = config, adapter
 
-    def open_link(self, index):
-        return self.adapter.open_link(index, dict.fromkeys(self.adapter.shapes, "b"))
+    def open_link(self, index, weights):
+        return self.adapter.open_link(index, self.adapter.everywhere("b"))
 
-    def trains(self, round):
-        return Trained(dict.fromkeys(self.adapter.shapes, "b"))
+    def trains(self, round, start):
+        return Training(self.adapter.everywhere("b"))
 
     def aggregate(self, weights, start, updates):
         largest = max(updates.values(), key=lambda update: update.weight)
-        return replace_trained(start, {key: self.config.share * tensor for key, tensor in largest.tensors.items()})
+        trained = {key: self.config.share * tensor for key, tensor in largest.tensors.items()}
+        return Step(replace_trained(start, trained))
 
     def closes(self, updates_in_link):
         return True
@@ -115,6 +119,11 @@ def test_its_own_settings_are_settings_of_the_command(toy_package, capsys):
     assert main(["run", "method=toy_package.toy", "method.share=0.5", *TINY]) == 0
     assert main(["run", "method=toy_package.toy", "method.shaer=0.5", *TINY[:-1], "out=other"]) == 2
     assert "did you mean 'share'" in capsys.readouterr().err
+
+
+def test_what_it_does_not_go_with_is_refused_by_its_traits(toy_package, capsys):
+    assert main(["run", "method=toy_package.toy", "robust.aggregate=median", *TINY]) == 2
+    assert "method toy_package.toy is no mean of what clients send" in capsys.readouterr().err
 
 
 def test_it_can_be_compared_with_the_others(toy_package):

@@ -15,10 +15,13 @@ import pytest
 from experiments.cli import main
 from experiments.run import run
 from fedraclora.files import read_json
-from tests.helpers import METHODS, Silent, settings
+from tests.conformance.cases import BY_METHOD, OPTIONS, REMEMBERED
+from tests.helpers import Silent, settings, without_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 20
+RANKS = ("private draws of unlike ranks", "flexlora of unlike ranks")
+RESUMED = BY_METHOD | REMEMBERED | {name: OPTIONS[name] for name in RANKS}
 CASES = {"rac": {"method": "rac_lora"}, "carry": {"method": ("rac_lora", {"moments": "carry"}), "momentum": 0.9}}
 
 
@@ -129,17 +132,20 @@ class Stop(Silent):
             raise self.error
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("after", [0, 3])
-def test_every_method_resumes_exactly(tmp_path, name, after):
+@pytest.mark.parametrize("name", RESUMED)
+def test_every_method_resumes_exactly(tmp_path, monkeypatch, name):
+    """Stopped after the handshake, and again after a round; what server and clients remember is there again."""
+    without_figures(monkeypatch)
+
     def go(out, watcher, **more):
-        return run(settings(method=name, rounds=6, out=str(tmp_path / out), **more), watcher)
+        return run(settings(**RESUMED[name], rounds=4, out=str(tmp_path / out), **more), watcher)
 
     go("whole", Silent())
-    with pytest.raises(KeyboardInterrupt):
-        go("parts", Stop(after))
-    stopped = read_json(tmp_path / "parts" / "summary.json")
-    assert (stopped["status"], stopped["num_rounds"]) == ("interrupted", after)
+    for after in (0, 2):
+        with pytest.raises(KeyboardInterrupt):
+            go("parts", Stop(after), resume=after > 0)
+        stopped = read_json(tmp_path / "parts" / "summary.json")
+        assert (stopped["status"], stopped["num_rounds"]) == ("interrupted", after)
     go("parts", Silent(), resume=True)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 

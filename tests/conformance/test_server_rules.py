@@ -101,11 +101,10 @@ def test_replicas_replay_the_rule_bit_for_bit_at_no_cost(rule, catch_up):
     for replica in parts.grid.replicas:
         assert equal_weights(replica.chain.merged, merged[replica.chain.num_links])
     assert max(replica.chain.num_links for replica in parts.grid.replicas) == 5
-    plain = federation(settings(**own)).run()
-    if catch_up == "replay":
-        assert [report.traffic for report in reports] == [report.traffic for report in plain]
-    else:
-        assert reports[-1].traffic.downlink_bytes > plain[-1].traffic.downlink_bytes, "the moments are in the snapshot"
+    found, plain = (
+        [report.traffic.downlink_bytes for report in run] for run in (reports, federation(settings(**own)).run())
+    )
+    assert found == plain if catch_up == "replay" else sum(found) > sum(plain), "moments are in a snapshot"
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam"])

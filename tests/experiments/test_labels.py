@@ -49,7 +49,11 @@ def test_a_leader_begins_where_its_line_ends(scale):
     axes = figure.add_subplot()
     axes.plot([1, 10], [0.2, 0.8])
     axes.set_xscale(scale)
-    label_ends(axes, [LineEnd("name", 10.0, 0.8, "black", True)], 3.0)
-    x, y = axes.get_lines()[-1].get_data()
-    np.testing.assert_allclose(axes.transAxes.transform((x[0], y[0])), axes.transData.transform((10.0, 0.8)), atol=1e-6)
-    assert axes.texts[0].get_position()[1] == y[-1]
+    # Another one that ends there, too, pushes the names off the lines' height.
+    label_ends(axes, [LineEnd(name, 10.0, 0.8, "black", True) for name in ("one", "two")], 3.0)
+    for line, text in zip(axes.get_lines()[-2:], axes.texts, strict=True):
+        x, y = line.get_data()
+        np.testing.assert_allclose(
+            axes.transAxes.transform((x[0], y[0])), axes.transData.transform((10.0, 0.8)), atol=1e-6
+        )
+        assert text.get_position()[1] == y[-1] != y[0]

@@ -7,11 +7,12 @@ from experiments.replay import replay
 from experiments.run import run
 from fedraclora.files import read_json, write_json
 from fedraclora.finished import load_run
-from tests.helpers import METHODS, Silent, final_weights, same_weights, settings
+from tests.helpers import METHODS, Silent, final_weights, same_weights, settings, without_figures
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_exported_weights_are_those_of_the_server_in_memory(tmp_path, name):
+def test_the_exported_weights_are_those_of_the_server_in_memory(tmp_path, monkeypatch, name):
+    without_figures(monkeypatch)
     chosen = settings(method=name, out=str(tmp_path / "run"), snapshot_every=2)
     run(chosen, Silent())
     lines = replay(tmp_path / "run", export=str(tmp_path / "model.safetensors"))

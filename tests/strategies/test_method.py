@@ -71,7 +71,9 @@ def test_the_mean_is_weighted_and_by_key():
 
 
 def test_a_client_ends_with_what_it_sent_in_the_place_of_what_it_started_from():
-    (term,) = client_terms(ClientUpdate({"fc1.lora_b": torch.ones(6, 2), "fc1.bias": torch.ones(6)}, 1.0, LINK)).values()
+    (term,) = client_terms(
+        ClientUpdate({"fc1.lora_b": torch.ones(6, 2), "fc1.bias": torch.ones(6)}, 1.0, LINK)
+    ).values()
     assert term == LowRank("fc1", 1.5, KEY, term.lora_b)
     assert torch.equal(term.lora_b, torch.ones(6, 2))
 
