@@ -27,7 +27,7 @@ class Config:
     """
 
     probability: float = 0.5
-    lr: float = 2.0
+    lr: float = 0.5
 
 
 @dataclass(frozen=True)

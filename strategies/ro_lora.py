@@ -22,7 +22,7 @@ from strategies.method import Adapter, Step, Traits, Updates, mean_update, repla
 class Config:
     """Settings of RoLoRA; `lr` is the clients' learning rate where the run names none."""
 
-    lr: float = 1.0
+    lr: float = 0.25
 
 
 @dataclass(frozen=True)
