@@ -26,6 +26,11 @@ def _of_method(settings: Settings, method: Method, rounds: RoundSettings) -> Ite
         yield f"privacy.level=client: method {name} is no mean of what clients send, and noise is added to a mean"
     if not traits.is_global and not settings.personal_fraction:
         yield f"method {name} has no model for all; set personal_fraction=0.1, say, to score the clients' own"
+    if rounds.sending.variates and not traits.is_steady:
+        yield (
+            f"scaffold=true: in method {name}, as it is set, clients do not train and send the same tensors in every "
+            "round, so that control variates mean nothing"
+        )
     if rounds.downlink and codec_of(rounds.downlink).is_sparse and not method.closes(1):
         yield (
             f"downlink={settings.downlink.name} keeps few of the numbers, which is right for differences only; method "

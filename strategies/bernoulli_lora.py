@@ -8,7 +8,7 @@ compressor and its feedback, which any method can have.
 Differs from the paper: each layer has its own coin; the drawn factor has orthonormal columns or rows by default.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedraclora.chain import Weights
 from fedraclora.link import Link
@@ -40,7 +40,7 @@ class BernoulliLora:
     @property
     def traits(self) -> Traits:
         """Return what the method can be combined with: all that its links can, whatever their coins."""
-        return self._link_method(0).traits
+        return replace(self._link_method(0).traits, is_steady=False)
 
     def open_link(self, index: int, weights: Weights) -> Link:
         """Return link `index`: per layer the factor that its coin says drawn, the other one zero."""

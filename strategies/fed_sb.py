@@ -12,7 +12,6 @@ are drawn instead and R starts at zero, which costs nothing.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +45,11 @@ class FedSb:
 
     config: Config
     adapter: Adapter
-    traits: ClassVar[Traits] = Traits(merges=False)
+
+    @property
+    def traits(self) -> Traits:
+        """Return what the method can be combined with."""
+        return Traits(merges=False, is_steady=self.config.init == "random")
 
     def open_link(self, index: int, weights: Weights) -> Link:
         """Return the one triple of factors, which changes nothing yet: zero, or drawn around a zero core."""

@@ -16,7 +16,6 @@ of the update, is what the code released with it does. Clients are weighted by t
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -49,7 +48,11 @@ class FedSlop:
 
     config: Config
     adapter: Adapter
-    traits: ClassVar[Traits] = Traits()
+
+    @property
+    def traits(self) -> Traits:
+        """Return what the method can be combined with."""
+        return Traits(is_steady=self.config.upload == "delta")
 
     def open_link(self, index: int, weights: Weights) -> Link:
         """Return link `index`: the drawn projection of every target layer, beside zeros."""

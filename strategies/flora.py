@@ -10,7 +10,6 @@ the sum is sent multiplied out; the start of A follows the run's sketch law.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedraclora.chain import Weights
 from fedraclora.link import Link, Term
@@ -37,7 +36,11 @@ class Flora:
 
     config: Config
     adapter: Adapter
-    traits: ClassVar[Traits] = Traits(is_mean=False, has_ranks=True)
+
+    @property
+    def traits(self) -> Traits:
+        """Return what the method can be combined with."""
+        return Traits(is_mean=False, has_ranks=True, is_steady=not self.config.private_start)
 
     def open_link(self, index: int, weights: Weights) -> Link:
         """Return link `index`: a drawn start for A, zero for B."""

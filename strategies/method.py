@@ -52,7 +52,9 @@ class Traits:
     noisy mean) can take its place. `merges`: links are merged for good, so that a server's optimiser works on the
     merged update and is replayed by the replicas; else it works on the open link's factors. `has_ranks`: clients may
     have ranks of their own. `has_private_draws`: `sketch.shared=false` means something to it. `is_global`: there is one
-    model for all (else a client's own tensors complete it, and its accuracy is that of the clients).
+    model for all (else a client's own tensors complete it, and its accuracy is that of the clients). `is_steady`: in
+    every round all clients train the same tensors, in one basis, and send them as they are, so that control variates
+    mean the same to all.
     """
 
     is_mean: bool = True
@@ -60,6 +62,7 @@ class Traits:
     has_ranks: bool = False
     has_private_draws: bool = False
     is_global: bool = True
+    is_steady: bool = True
 
 
 class Method(Protocol):

@@ -65,6 +65,7 @@ class RacLora:
             merges=self.config.rounds_per_link > 0,
             has_ranks=True,
             has_private_draws=self.config.rounds_per_link == 1,
+            is_steady=self.adapter.is_shared,
         )
 
     def open_link(self, index: int, weights: Weights) -> Link:

@@ -31,7 +31,7 @@ class RoLora:
 
     config: Config
     adapter: Adapter
-    traits: ClassVar[Traits] = Traits(merges=False)
+    traits: ClassVar[Traits] = Traits(merges=False, is_steady=False)
 
     def open_link(self, index: int, weights: Weights) -> Link:
         """Return the one pair: a drawn start for A, zero for B."""

@@ -39,7 +39,7 @@ class SketchedFull:
     config: Config
     adapter: Adapter
     sides: Mapping[str, str]
-    traits: ClassVar[Traits] = Traits()
+    traits: ClassVar[Traits] = Traits(is_steady=False)
 
     def open_link(self, index: int, weights: Weights) -> Link:
         """Return link `index`: per layer one drawn factor, the one to be sent zero."""

@@ -9,6 +9,7 @@ from clients import cohort
 from clients.cohort import Request
 from clients.state_store import MOMENTS, PRIVATE
 from experiments.run import run
+from fedraclora.local import train_cohort
 from fedraclora.plan import RoundPlan, Training
 from tests.helpers import (
     AppsGrid,
@@ -73,6 +74,29 @@ def test_clients_of_two_ranks_train_apart_and_each_as_it_would_alone():
         if way == "up" and "update" in message.content.array_records
     }
     assert sizes == {part: rank * (12 + 10) for part, rank in enumerate(chosen.client_ranks)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "per_round"),
+    [
+        ({}, 1),
+        ({"client_lr_scales": [1.0, 0.5, 1.0, 2.0, 1.0, 1.0]}, 1),
+        ({"method": ("rac_lora", {"moments": "carry"}), "momentum": 0.9}, 1),
+        ({"client_ranks": [1, 2, 1, 2, 2, 1]}, 2),
+    ],
+    ids=["alike", "own rates", "own states", "two ranks"],
+)
+def test_clients_train_in_one_cohort_unless_their_links_differ(changes, per_round, monkeypatch):
+    calls = []
+
+    def counted(trainer, start, clients, config):
+        calls.append(len(clients))
+        return train_cohort(trainer, start, clients, config)
+
+    monkeypatch.setattr(cohort, "train_cohort", counted)
+    federation(settings(fraction=1.0, rounds=2, **changes)).run()
+    assert len(calls) == 2 * per_round
+    assert sum(calls) == 2 * 6
 
 
 def test_one_clients_own_learning_rate_is_its_own_matter():

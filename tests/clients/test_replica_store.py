@@ -216,6 +216,7 @@ def test_moments_of_a_server_rule_are_folded_with_the_weights(folder):
 
 def test_clearing_leaves_other_files_alone(folder):
     bring(folder, advance(start(), 3))
+    ReplicaStore(folder).keep_open({("fc1.lora_a", (2, 24)): numbers(1, 2, 24)}, 3)
     (folder / "setup.json").write_text("{}")
     ReplicaStore(folder).clear()
     assert {path.name for path in folder.iterdir()} <= {"setup.json", "replica.lock"}

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from experiments.problem import load_dataset, prepare
+from experiments.settings import ServerSettings
 from fedraclora.data import Dataset, Examples
 from tests.helpers import plug_in, same_weights, settings
 
@@ -82,9 +83,9 @@ def test_dtype_and_lr_go_where_they_belong():
         ({"dense": ["fc1.weight"]}, "fc1.weight"),
         ({"targets": ["relu1"]}, "ReLU"),
         ({"method": ("rac_lora", {"rounds_per_link": -1})}, "rounds_per_link"),
-        ({"method": ("rac_lora", {"server_lr": 0.0})}, "server_lr"),
+        ({"server": ServerSettings(lr=0.0)}, r"server\.lr=0\.0"),
         ({"method": ("rac_lora", {"moments": "cary"})}, "did you mean 'carry'"),
-        ({"method": ("full", {"server_lr": 0.0})}, "server_lr"),
+        ({"method": "full", "server": ServerSettings(lr=-1.0)}, r"server\.lr=-1\.0"),
         ({"method": ("chain_of_lora", {"rounds_per_link": -1})}, "rounds_per_link"),
     ],
 )

@@ -76,7 +76,7 @@ def test_the_digest_of_arrays_does_not_depend_on_their_order_layout_or_byte_orde
     "change",
     [
         {"flat": np.arange(4, dtype=np.float64)},
-        {"flat": np.arange(4, dtype=np.int32)},
+        {"flat": np.arange(4, dtype=np.float32).view(np.int32)},
         {"flat": np.array([0, 1, 2, -3], dtype=np.float32)},
         {"flat": np.array([-0.0, 1, 2, 3], dtype=np.float32)},
         {"flat": np.arange(5, dtype=np.float32)},
