@@ -1,5 +1,6 @@
 """The plug-ins as Hydra groups: what the folders hold, and what a command line names from outside them."""
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
@@ -52,14 +53,19 @@ def configure(group: str, name: str, overrides: Mapping[str, Any]) -> Any:  # no
 
 def register(overrides: Iterable[str]) -> None:
     """Make every plug-in known to Hydra, and those that the overrides name by dotted path."""
+    _register_own()
+    for group, _, name in (item.partition("=") for item in overrides):
+        if group in GROUPS and "." in name:
+            ConfigStore.instance().store(group=group, name=name, node=named_config(group, name))
+
+
+@functools.cache
+def _register_own() -> None:
     store = ConfigStore.instance()
     store.store(name="run_settings", node=Settings)
     store.store(name="compare_settings", node=CompareSettings)
     for group, package in GROUPS.items():
-        chosen = [
-            value for key, _, value in (item.partition("=") for item in overrides) if key == group and "." in value
-        ]
-        for name in [*names(package), *chosen]:
+        for name in names(package):
             store.store(group=group, name=name, node=named_config(group, name))
 
 

@@ -16,8 +16,19 @@ from experiments.groups import (
     plain_values,
     to_overrides,
 )
-from experiments.settings import CompareSettings, Settings
+from experiments.settings import (
+    CompareSettings,
+    MemorySettings,
+    PrivacySettings,
+    RobustSettings,
+    ServerSettings,
+    Settings,
+)
+from fedraclora.plan import FEEDBACKS
 from fedraclora.plugins import UnknownPlugin, names
+from fedraclora.privacy import LEVELS
+from fedraclora.server_rule import RULES
+from strategies.merging import AGGREGATES
 from tests.helpers import plug_in, settings
 
 
@@ -57,7 +68,7 @@ def test_plain_values_go_all_the_way_down():
     values = plain_values(settings(rank=3))
     assert values["rank"] == 3
     assert values["method"]["name"] == "rac_lora"
-    assert values["sketch"] == {"law": "orthonormal"}
+    assert values["sketch"] == {"law": "orthonormal", "shared": True}
 
 
 def test_a_plug_in_may_not_have_a_setting_called_name(monkeypatch):
@@ -87,13 +98,21 @@ FREE = {
     "seed": st.integers(0, 10**9),
     "exact": st.booleans(),
     "target_accuracies": st.lists(st.floats(0, 1), max_size=3),
-}
+    "client_ranks": st.none() | st.lists(st.integers(1, 64), max_size=3)
+    | st.dictionaries(st.integers(1, 64), st.floats(0, 1), min_size=1, max_size=3),
+    "client_lr_scales": st.lists(st.floats(1e-3, 10), max_size=3),
+    "server": st.builds(ServerSettings, rule=st.sampled_from(RULES), lr=st.floats(1e-3, 10), tau=st.floats(1e-9, 1)),
+    "memory": st.builds(MemorySettings, feedback=st.sampled_from(FEEDBACKS), whole_probability=st.floats(0.1, 1)),
+    "robust": st.builds(RobustSettings, aggregate=st.sampled_from(AGGREGATES), trim=st.integers(0, 3)),
+    "privacy": st.builds(PrivacySettings, level=st.sampled_from(LEVELS), adaptive=st.booleans()),
+}  # fmt: skip
 
 
-@given(st.fixed_dictionaries(FREE), st.sampled_from(["a", "b", "auto"]))
-@hypothesis_settings(max_examples=60, deadline=None)
-def test_settings_survive_the_trip_as_one_text(values, side):
-    chosen = settings(method=("rac_lora", {"side": side}), runtime="simulation", **values)
+@given(st.fixed_dictionaries(FREE), st.sampled_from(["a", "b", "auto"]), st.floats(0.01, 1))
+@hypothesis_settings(max_examples=40, deadline=None)
+def test_settings_survive_the_trip_as_one_text(values, side, share):
+    compressed = {"uplink": ("top_k", {"share": share}), "downlink": "int8"}
+    chosen = settings(method=("rac_lora", {"side": side}), runtime="simulation", **compressed, **values)
     chosen.sketch.law = "gaussian"
     text = shlex.join(to_overrides(chosen))
     found = compose(shlex.split(text))
