@@ -79,6 +79,8 @@ def _check(settings: CompareSettings) -> None:
         raise ValueError(
             f"methods={settings.methods} must name methods, each once, and seeds={settings.seeds} be positive"
         )
+    if settings.label is not None and len(settings.methods) > 1:
+        raise ValueError(f"label={settings.label!r} would give all methods one name; name them with variants")
     plugins = {str(_one(settings, Path(), method, settings.seed, None).method.name) for method in settings.methods}
     extra = set(settings.method_settings) - set(settings.methods) - plugins
     if extra:

@@ -314,3 +314,8 @@ def test_a_rate_that_diverges_scores_below_one_that_learns(tmp_path):
     compare(one, quiet())
     scores = pd.read_csv(tmp_path / "out" / "tuning.csv").set_index("lr")["score"]
     assert scores[0.5] > scores[1e9]
+
+
+def test_one_label_for_several_methods_is_refused():
+    with pytest.raises(ValueError, match="would give all methods one name"):
+        compare(compare_settings(label="same", methods=["rac_lora", "full"]), Console(quiet=True))
