@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedraclora.chain import Chain
 from fedraclora.codec import codec_text
 from fedraclora.link import Dense, Link, LowRank, Set, Zero, materialize, narrow, product
-from fedraclora.plan import RoundPlan, Sending
+from fedraclora.plan import RoundPlan, Sending, Training
 from fedraclora.privacy import Privacy
 from fedraclora.server_rule import ServerRule
 from fedraclora.sketch import SketchKey
@@ -72,9 +72,7 @@ def test_a_widened_client_is_the_same_change_of_the_model(rank, alpha, trained, 
     full = Link(0, (start,))
     own = narrow(full, {"fc1": rank}, {"fc1": alpha / rank})
     shapes = {"a": {"lora_a": (rank, IN)}, "b": {"lora_b": (OUT, rank)}}
-    sent = {
-        f"fc1.{name}": random(seed, *shape) for side in trained for name, shape in shapes[side].items()
-    }  # fmt: skip
+    sent = {f"fc1.{name}": random(seed, *shape) for side in trained for name, shape in shapes[side].items()}
     widened = widen({**sent, "fc1.bias": random(seed, OUT)}, own, full)
     assert torch.equal(widened["fc1.bias"], random(seed, OUT))
     (mine,) = own.with_factors(sent).terms
@@ -85,7 +83,7 @@ def test_a_widened_client_is_the_same_change_of_the_model(rank, alpha, trained, 
 
 @pytest.mark.parametrize("feedback", ["ef21", "marina"])
 def test_the_servers_estimate_moves_with_each_reply_and_starts_anew_with_a_client_that_lost_its_own(feedback):
-    memory, plan = Memory(), RoundPlan(1, sending=Sending("x", feedback=feedback))
+    memory, plan = Memory(), RoundPlan(1, Training({"fc1": "b"}), sending=Sending("x", feedback=feedback))
     sent = [{"fc1.lora_b": random(seed, OUT, RANK)} for seed in range(4)]
 
     def reply(number, state):

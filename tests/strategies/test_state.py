@@ -12,10 +12,34 @@ from strategies.state import MIB, Budget, ServerState, exceeded
 counts = st.dictionaries(st.integers(0, 10**6), st.integers(0, 10**12), max_size=4)
 
 
-@given(counts, counts, counts, st.integers(-1, 10**6), st.integers(0, 10**15))
-def test_state_survives_json(held, last_used, spent, round, uplink):
-    state = ServerState(round, Traffic(uplink_bytes=uplink), held, last_used, spent)
+STATES = st.builds(
+    ServerState,
+    round=st.integers(-1, 10**6),
+    traffic=st.builds(Traffic, uplink_bytes=st.integers(0, 10**15)),
+    **dict.fromkeys(("held", "last_used", "spent", "held_open", "num_steps", "num_examples"), counts),
+    draws_otherwise=st.lists(st.integers(0, 99), max_size=3),
+    open_since=st.dictionaries(st.text(max_size=9), st.integers(0, 99), max_size=3),
+    clip=st.none() | st.floats(1e-6, 1e6),
+)
+
+
+@given(STATES)
+def test_state_survives_json(state):
     assert ServerState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_what_was_written_down_does_not_follow_what_comes_later():
+    state = ServerState(held={1: 2}, draws_otherwise=[3])
+    written = state.to_json()
+    state.held[1], state.held[4] = 5, 6
+    state.draws_otherwise.append(7)
+    again = ServerState.from_json(written)
+    assert (again.held, again.draws_otherwise) == ({1: 2}, [3])
+
+
+def test_no_two_servers_have_one_secret_or_one_chain():
+    states = [ServerState() for _ in range(20)]
+    assert len({state.secret for state in states}) == len({state.chain_id for state in states}) == 20
 
 
 def test_charging_adds_each_clients_bytes():
