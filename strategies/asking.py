@@ -9,7 +9,8 @@ from torch import Tensor
 from fedraclora.chain import Chain, extend_hash
 from fedraclora.delivery import Needs, OpenLink, deliver, sketch_digest
 from fedraclora.ledger import LedgerRow
-from fedraclora.link import Link, narrow, shape_of
+from fedraclora.link import Link, shape_of
+from fedraclora.narrowing import narrow
 from fedraclora.payload import flatten
 from fedraclora.plan import NO_SEED, RoundPlan, Training, Value
 from fedraclora.seeding import derive_seed, stream

@@ -27,7 +27,8 @@ from fedraclora.delivery import (
     receive,
     sketch_digest,
 )
-from fedraclora.link import Dense, Link, LowRank, Private, Set, Stack, Term, Zero, narrow
+from fedraclora.link import Dense, Link, LowRank, Private, Set, Stack, Term, Zero
+from fedraclora.narrowing import narrow
 from fedraclora.server_rule import ServerRule
 from fedraclora.sketch import SketchKey
 from fedraclora.travel import CATCH_UP, CONTROL, DENSE, FLAT, SNAPSHOT, UPDATE, Kept, encode_link, kept_of

@@ -28,12 +28,12 @@ from fedraclora.link import (
     drawn_shapes,
     is_zero,
     materialize,
-    narrow,
     product,
     replace_tensors,
     restore,
     slots,
 )
+from fedraclora.narrowing import narrow
 from fedraclora.payload import Packed
 from fedraclora.server_rule import RULES, ServerRule
 from fedraclora.sketch import SketchKey

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedraclora.chain import Chain
 from fedraclora.codec import codec_text
-from fedraclora.link import Dense, Link, LowRank, Set, Zero, materialize, narrow, product
+from fedraclora.link import Dense, Link, LowRank, Set, Zero, materialize, product
+from fedraclora.narrowing import narrow
 from fedraclora.plan import RoundPlan, Sending, Training
 from fedraclora.privacy import Privacy
 from fedraclora.server_rule import ServerRule

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedraclora.link import Dense, Link, LowRank, Private, Set, Stack, Zero, narrow
+from fedraclora.link import Dense, Link, LowRank, Private, Set, Stack, Zero
+from fedraclora.narrowing import narrow
 from fedraclora.plugins import names
 from fedraclora.sketch import SketchKey, draw
 from fedraclora.targets import MatrixShape
