@@ -27,6 +27,7 @@ from fedraclora.travel import (
     NotKept,
     Parcel,
     Unloading,
+    Ways,
     packed_kinds,
     plain_shapes,
     repeats,
@@ -121,6 +122,37 @@ def deliver(chain: Chain, needs: Needs, *, policy: str = "cheapest", opened: Ope
     The policy is for those who missed more than the last update. `opened` is the open link, as far as the replica is to
     have it; without it the delivery serves a client that does not train now.
     """
+    load = _load(chain, needs, policy, opened)
+    return Delivery(json.dumps(_header(chain, load), separators=(",", ":")), load.parcel.arrays())
+
+
+def weigh(chain: Chain, needs: Needs, *, policy: str = "cheapest", opened: OpenLink | None = None) -> dict[str, int]:
+    """Return the bytes, by kind, of the arrays that `deliver` would make; shapes are enough for it (meta tensors)."""
+    return _load(chain, needs, policy, opened).parcel.num_bytes()
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What is sent: the numbers, and what they are.
+
+    `closed` holds each closed link whole, as it is sent, and how its numbers travel; `ways` is that of the open link.
+    `snapshot` is None where links are replayed.
+    """
+
+    needs: Needs
+    parcel: Parcel
+    snapshot: Mapping[str, Tensor] | None
+    opened: OpenLink | None
+    ways: Ways
+    closed: Sequence[tuple[Link, Link, Ways]]
+
+    @property
+    def link(self) -> Link | None:
+        """Return the open link."""
+        return None if self.opened is None else self.opened.link
+
+
+def _load(chain: Chain, needs: Needs, policy: str, opened: OpenLink | None) -> _Load:
     if needs.snapshot or needs.base:
         return _snapshot(chain, needs, opened)
     if policy == "replay" or needs.num_held >= chain.num_links_before:
@@ -129,69 +161,74 @@ def deliver(chain: Chain, needs: Needs, *, policy: str = "cheapest", opened: Ope
     if policy == "snapshot":
         return snapshot
     replay = _replay(chain, needs, opened)
-    return snapshot if snapshot.num_bytes < replay.num_bytes else replay
+    return snapshot if snapshot.parcel.total_bytes < replay.parcel.total_bytes else replay
 
 
-def _replay(chain: Chain, needs: Needs, opened: OpenLink | None) -> Delivery:
+def _replay(chain: Chain, needs: Needs, opened: OpenLink | None) -> _Load:
     missing = chain.missing_links(needs.num_held)
     last = [] if opened is None else [opened.link]
     kept = drop_superseded([*missing, *last])[: len(missing)]
-    return _pack(chain, needs, {}, list(zip(missing, kept, strict=True)), opened)
+    return _gather(chain, needs, None, list(zip(missing, kept, strict=True)), opened)
 
 
-def _snapshot(chain: Chain, needs: Needs, opened: OpenLink | None) -> Delivery:
+def _snapshot(chain: Chain, needs: Needs, opened: OpenLink | None) -> _Load:
     everything = chain.everything()
     changed = set(everything) if needs.base else {term.target for link in chain.links for term in link.terms}
     changed |= everything.keys() - chain.merged.keys()
     # What the open link sets comes with it.
     replaced = set_targets([] if opened is None else [opened.link])
     tensors = {name: everything[name] for name in sorted(changed) if name not in replaced}
-    described = {
+    return _gather(chain, needs, tensors, [], opened)
+
+
+def _gather(
+    chain: Chain,
+    needs: Needs,
+    snapshot: Mapping[str, Tensor] | None,
+    closed: Sequence[tuple[Link, Link]],
+    opened: OpenLink | None,
+) -> _Load:
+    """Return closed links (each whole and as it is sent), a snapshot's tensors and the open link as one load."""
+    current, parcel, link = chain.num_links_before, Parcel(), None if opened is None else opened.link
+    parcel.add(SNAPSHOT, list((snapshot or {}).values()))
+    # The open link comes first: closed ones may refer to its factors.
+    open_ways: Ways = []
+    if opened is not None:
+        kept = {name: [KEPT] for name in opened.link.explicit_factors if _is_kept(name, opened, needs)}
+        open_ways = parcel.add_link(opened.link, current, known=repeats_within(opened.link) | kept)
+        _add_drawn(parcel, opened.link, needs)
+    rows = []
+    for whole, sent in closed:
+        rows.append((whole, sent, parcel.add_link(sent, current, known=repeats(sent, link))))
+        _add_drawn(parcel, sent, needs)
+    return _Load(needs, parcel, snapshot, opened, open_ways, rows)
+
+
+def _header(chain: Chain, load: _Load) -> dict[str, Any]:
+    """Return all that a delivery says beside its numbers."""
+    link = load.link
+    snapshot = {} if load.snapshot is None else {"snapshot": _described(chain, load.needs, load.snapshot)}
+    return snapshot | {
+        "links": [[whole.digest, sent.digest, links.describe(sent), ways] for whole, sent, ways in load.closed],
+        "explicit": load.needs.factors,
+        "current": chain.num_links_before,
+        "version": chain.version,
+        "open": None if link is None else [links.describe(link), load.ways],
+        "digest": extend_hash(chain.hash, "" if link is None else link.digest),
+        "sketches": sketch_digest(link),
+        # Without the open link the tensors that it sets may be old at the replica, so there is nothing to compare.
+        "weights": chain.weights_digest() if link is not None or chain.open is None else "",
+    }
+
+
+def _described(chain: Chain, needs: Needs, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
         "num_links": chain.num_links,
         "hash": chain.hash,
         "weights": sketch.digest_all(tensors),
         "tensors": [[name, list(tensor.shape)] for name, tensor in tensors.items()],
         "forced": needs.snapshot or needs.base,
     }
-    return _pack(chain, needs, {"snapshot": described}, [], opened, snapshot=list(tensors.values()))
-
-
-def _pack(  # noqa: PLR0913 - the two halves of a delivery and what they share
-    chain: Chain,
-    needs: Needs,
-    header: dict[str, Any],
-    closed: Sequence[tuple[Link, Link]],
-    opened: OpenLink | None,
-    *,
-    snapshot: Sequence[Tensor] = (),
-) -> Delivery:
-    """Return a delivery of closed links (each whole and as it is sent), a snapshot's tensors and the open link."""
-    current, parcel, link = chain.num_links_before, Parcel(), None if opened is None else opened.link
-    parcel.add(SNAPSHOT, snapshot)
-    # The open link comes first: closed ones may refer to its factors.
-    open_row = None
-    if opened is not None:
-        kept = {name: [KEPT] for name in opened.link.explicit_factors if _is_kept(name, opened, needs)}
-        known = repeats_within(opened.link) | kept
-        open_row = [links.describe(opened.link), parcel.add_link(opened.link, current, known=known)]
-        _add_drawn(parcel, opened.link, needs)
-    rows = []
-    for whole, sent in closed:
-        ways = parcel.add_link(sent, current, known=repeats(sent, link))
-        rows.append([whole.digest, sent.digest, links.describe(sent), ways])
-        _add_drawn(parcel, sent, needs)
-    header |= {
-        "links": rows,
-        "explicit": needs.factors,
-        "current": current,
-        "version": chain.version,
-        "open": open_row,
-        "digest": extend_hash(chain.hash, "" if link is None else link.digest),
-        "sketches": sketch_digest(link),
-        # Without the open link the tensors that it sets may be old at the replica, so there is nothing to compare.
-        "weights": chain.weights_digest() if link is not None or chain.open is None else "",
-    }
-    return Delivery(json.dumps(header, separators=(",", ":")), parcel.arrays())
 
 
 def _add_drawn(parcel: Parcel, link: Link, needs: Needs) -> None:

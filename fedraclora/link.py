@@ -173,6 +173,11 @@ class Link:
         return {name: tensor for name, tensor in self.named_tensors.items() if not name.startswith(("set ", "add "))}
 
     @cached_property
+    def slots(self) -> "list[Slot]":
+        """Return what each of `tensors` is."""
+        return slots(describe(self))
+
+    @cached_property
     def digest(self) -> str:
         """Return the SHA-256 of everything the link says: terms, seeds and the bits of its explicit numbers."""
         hasher = hashlib.sha256(json.dumps(describe(self)).encode())
@@ -217,7 +222,7 @@ class Link:
             elif isinstance(factor, SketchKey | Stack):
                 yield name, factor, None
 
-    @property
+    @cached_property
     def factors(self) -> dict[str, Factor]:
         """Return all factors by name (`fc1.lora_a`), counted as in `named_tensors`; a layer's last term trains."""
         return {
@@ -332,12 +337,20 @@ def _describe_term(term: Term) -> Json:
 def _describe_factor(factor: Factor) -> Json:
     drawn = factor.key if isinstance(factor, Given) else factor
     if isinstance(drawn, SketchKey):
-        return ["seed", *asdict(drawn).values()]
+        return ["seed", *_key_values(drawn)]
     if isinstance(drawn, Stack):
-        return ["stack", *(list(asdict(key).values()) for key in drawn.keys)]
+        return ["stack", *map(_key_values, drawn.keys)]
     if isinstance(drawn, Private):
-        return ["private", *asdict(drawn.key).values()]
+        return ["private", *_key_values(drawn.key)]
     return ["zero", list(drawn.shape)] if isinstance(drawn, Zero) else ["sent", list(drawn.shape)]
+
+
+def _key_values(key: SketchKey) -> Json:
+    # asdict would copy each value deeply, which is most of the time that a link of many layers takes.
+    return [getattr(key, name) for name in _KEY_FIELDS]
+
+
+_KEY_FIELDS = tuple(SketchKey.__dataclass_fields__)
 
 
 class Slot(NamedTuple):

@@ -49,7 +49,12 @@ class ServerRule:
     @property
     def has_state(self) -> bool:
         """Return whether the rule remembers earlier updates."""
-        return self.name != "sgd"
+        return bool(self.slots)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Return the names of the moments that the rule keeps of each tensor."""
+        return {"sgd": (), "momentum": ("first",)}.get(self.name, ("first", "second"))
 
 
 @torch.no_grad()

@@ -113,8 +113,12 @@ def draw(key: SketchKey) -> Tensor:
 def digest(tensor: Tensor) -> str:
     """Return the SHA-256, in hexadecimal, of a tensor's dtype name, shape and little-endian bytes.
 
-    The device and the memory layout do not enter. The tensor is real: no complex dtypes.
+    The device and the memory layout do not enter. The tensor is real: no complex dtypes. A tensor on the meta device,
+    which has a shape and no numbers, is told from others by its storage.
     """
+    if tensor.is_meta:
+        place = [tensor.untyped_storage()._cdata, tensor.storage_offset(), list(tensor.shape), tensor.stride()]  # noqa: SLF001
+        return hashlib.sha256(str(place).encode()).hexdigest()
     sha = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}".encode())
     integers = tensor.detach().cpu().contiguous().reshape(-1).view(_SAME_SIZE_INTEGERS[tensor.element_size()]).numpy()
     sha.update(integers.astype(integers.dtype.newbyteorder("<"), copy=False).data)

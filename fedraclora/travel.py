@@ -5,6 +5,7 @@ closed link that the open link holds too. A tensor that a compressor encoded tra
 ends decode to the same bits.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from fedraclora import link as links
 from fedraclora import sketch
 from fedraclora.codec import codec_of
-from fedraclora.compressors import Arrays
+from fedraclora.compressors import Arrays, Compressor
 from fedraclora.link import Json, Link, Slot
 from fedraclora.payload import FlatArray, Packed, Shape, flatten, unflatten
 from fedraclora.seeding import derive_seed
@@ -81,7 +82,7 @@ class Parcel:
     def add_link(self, link: Link, current: int, *, known: Mapping[str, Json]) -> Ways:
         """Add a link's numbers, but for those of `known`, and return how each travels."""
         ways: Ways = []
-        for slot, tensor in zip(links.slots(links.describe(link)), link.tensors, strict=True):
+        for slot, tensor in zip(link.slots, link.tensors, strict=True):
             kind = kind_of(link.index, slot, current)
             if slot.name in known:
                 ways.append(known[slot.name])
@@ -98,6 +99,18 @@ class Parcel:
         sizes = [[name, array.dtype.name, array.size] for name, array in packed.arrays.items()]
         return [PACKED, packed.codec, packed.seed, str(tensor.dtype).removeprefix("torch."), sizes]
 
+    def num_bytes(self) -> dict[str, int]:
+        """Return the bytes of each kind's arrays, without making them."""
+        found = {kind: _flat_bytes(tensors) for kind, tensors in self.plain.items() if tensors}
+        for kind, by_type in self.encoded.items():
+            found[kind] = found.get(kind, 0) + sum(part.nbytes for parts in by_type.values() for part in parts)
+        return found
+
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of all arrays."""
+        return sum(self.num_bytes().values())
+
     def arrays(self) -> dict[str, Arrays]:
         """Return the arrays of each kind that has any: `flat` for the plain numbers, encoded ones by their type."""
         found: dict[str, Arrays] = {kind: {FLAT: flatten(tensors)} for kind, tensors in self.plain.items() if tensors}
@@ -106,15 +119,30 @@ class Parcel:
         return found
 
 
+def _flat_bytes(tensors: Sequence[Tensor]) -> int:
+    """Return the bytes of one flat array of all the tensors' numbers."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return sum(tensor.numel() for tensor in tensors) * dtype.itemsize
+
+
 def encode_link(link: Link, codec: str, seed: int, names: Sequence[str]) -> Link:
     """Return the link with the named tensors as a compressor's receivers decode them, packed to travel encoded."""
     compressor, decoded, packed = codec_of(codec), {}, {}
     for name in names:
         tensor, own = link.named_tensors[name], derive_seed(seed, name)
-        arrays = compressor.encode([tensor], own)
+        if tensor.is_meta:
+            arrays, decoded[name] = _room(compressor, tensor), torch.empty_like(tensor)
+        else:
+            arrays = compressor.encode([tensor], own)
+            decoded[name] = compressor.decode(arrays, [tuple(tensor.shape)], tensor.dtype, own)[0]
         packed[name] = Packed(codec, own, arrays)
-        decoded[name] = compressor.decode(arrays, [tuple(tensor.shape)], tensor.dtype, own)[0]
     return links.replace_tensors(link, decoded, packed)
+
+
+def _room(compressor: Compressor, tensor: Tensor) -> Arrays:
+    """Return an array of the bytes that an encoded tensor takes at most, for one that has a shape and no numbers."""
+    num_bytes = compressor.max_bytes([tuple(tensor.shape)], tensor.dtype)
+    return {"": np.broadcast_to(np.zeros((), dtype=np.uint8), (num_bytes,))}
 
 
 # ---- the receiver

@@ -47,14 +47,20 @@ class Manifest:
         """Return the keys of all tensors, in the order in which they are sent."""
         return [key for shapes in self.shapes.values() for key in shapes]
 
-    def max_bytes(self, sending: Sending) -> int:
-        """Return the bytes of one reply's arrays, no fewer than they take where a compressor's size varies."""
-        codec = codec_of(sending.codec)
-        encoded = sum(codec.max_bytes(list(shapes.values()), self.dtype) for shapes in self.shapes.values())
+    def max_bytes(self, sending: Sending, *, is_whole: bool = False) -> dict[str, int]:
+        """Return the bytes of one reply's arrays by kind, no fewer than they take where a compressor's size varies.
+
+        `is_whole` is MARINA's coin, whose whole rounds are sent as they are, as control variates always are.
+        """
+        codec = codec_of("" if is_whole and sending.feedback == "marina" else sending.codec)
+        found = {kind: codec.max_bytes(list(shapes.values()), self.dtype) for kind, shapes in self.shapes.items()}
+        return found | ({VARIATES_KIND: self.plain_bytes} if sending.variates else {})
+
+    @property
+    def plain_bytes(self) -> int:
+        """Return the bytes of the tensors as they are."""
         plain = sum(torch.Size(shape).numel() for shapes in self.shapes.values() for shape in shapes.values())
-        # MARINA's whole rounds are sent as they are, and control variates always.
-        whole = plain * self.dtype.itemsize
-        return (max(encoded, whole) if sending.feedback == "marina" else encoded) + whole * sending.variates
+        return plain * self.dtype.itemsize
 
 
 def factor_sides(link: Link) -> dict[str, str]:

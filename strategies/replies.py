@@ -49,7 +49,7 @@ class Expected:
     @property
     def num_bytes(self) -> int:
         """Return the tensor bytes of one reply, no fewer than it takes."""
-        return self.manifest.max_bytes(self.sending)
+        return sum(self.manifest.max_bytes(self.sending, is_whole=self.is_whole).values())
 
 
 @dataclass(frozen=True)

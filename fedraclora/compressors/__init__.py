@@ -31,6 +31,11 @@ class Compressor(Protocol):
         """Whether few of the numbers are kept and the rest become zero: only right for differences around zero."""
         ...
 
+    @property
+    def is_fixed_size(self) -> bool:
+        """Whether `max_bytes` is what every encoding takes, and not a bound."""
+        ...
+
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return the one-dimensional arrays that stand for `tensors`, which may lie on any device, in any layout.
 

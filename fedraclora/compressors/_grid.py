@@ -47,6 +47,7 @@ class Grid:
     is_unbiased: bool = True
     is_per_column: bool = False
     is_sparse = False
+    is_fixed_size = True
 
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return the packed steps of all numbers, and one float32 scale a tensor or column."""

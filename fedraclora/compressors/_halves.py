@@ -29,6 +29,7 @@ class Halves:
     widen: Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]
     is_unbiased = False
     is_sparse = False
+    is_fixed_size = True
 
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return the rounded numbers."""

@@ -35,6 +35,7 @@ class Lossless:
 
     is_unbiased = True
     is_sparse = False
+    is_fixed_size = False
 
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return the bytes of the numbers in the tensors' dtype."""

@@ -44,6 +44,7 @@ class Natural:
 
     is_unbiased = True
     is_sparse = False
+    is_fixed_size = True
 
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return packed sign bits and biased exponents; raises ValueError for magnitudes above 2^127."""

@@ -25,6 +25,7 @@ class Plain:
 
     is_unbiased = True
     is_sparse = False
+    is_fixed_size = True
 
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return one flat array."""

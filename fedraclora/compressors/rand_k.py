@@ -47,6 +47,7 @@ class RandK:
     share: float
     is_unbiased: bool
     is_sparse = True
+    is_fixed_size = True
 
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return the drawn numbers in the tensors' dtype; raises ValueError where n / k times one is not finite."""

@@ -38,6 +38,7 @@ class Sign:
 
     is_unbiased = False
     is_sparse = False
+    is_fixed_size = True
 
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return packed sign bits and mean magnitudes; raises ValueError for a mean magnitude above 2^127."""

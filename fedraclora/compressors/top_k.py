@@ -46,6 +46,7 @@ class TopK:
     share: float
     is_unbiased = False
     is_sparse = True
+    is_fixed_size = True
 
     def encode(self, tensors: Sequence[Tensor], seed: int) -> Arrays:
         """Return the kept numbers in the tensors' dtype, and their places."""
