@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from torch import Tensor
 
 from clients.replica import Replica
-from clients.state_store import FEEDBACK, MOMENTS, PRIVATE, VARIATES, ClientState, LostState
+from clients.state_store import FEEDBACK, MOMENTS, PRIVATE, SECOND_MOMENTS, VARIATES, ClientState, LostState
 from fedraclora.delivery import Delivery, Needs, VersionMismatch, sketch_digest
 from fedraclora.link import Link, describe, restore
 from fedraclora.local import LocalClient, LocalResult, train_cohort
@@ -186,7 +186,8 @@ def _local_client(replica: Replica, plan: RoundPlan, job: _Job) -> LocalClient:
     if rows is None or len(rows) == 0:
         raise ValueError(f"this machine holds no data of partition {partition}")
     own = {**replica.own_factors(partition, plan), **job.remembered.of(PRIVATE)}
-    moments = Moments(dict(job.remembered.of(MOMENTS)), job.remembered.num_steps)
+    remembered = job.remembered
+    moments = Moments(dict(remembered.of(MOMENTS)), remembered.num_steps, dict(remembered.of(SECOND_MOMENTS)))
     member = Member(moments if moments.tensors else None, own, job.lr_scale, job.correction)
     noise_seed = None if plan.noise_seed == NO_SEED else derive_seed(plan.noise_seed, "client", partition)
     held_out = replica.data.held_out.get(partition, rows[:0])
@@ -258,7 +259,9 @@ def _keep(
 ) -> None:
     training = plan.training
     moments = result.moments.tensors if training.moments != "reset" else {}
-    found = {MOMENTS: moments, PRIVATE: {key: result.tensors[key] for key in training.private}, **more}
+    second = result.moments.second if training.keeps_second_moments else {}
+    private = {key: result.tensors[key] for key in training.private}
+    found = {MOMENTS: moments, SECOND_MOMENTS: second, PRIVATE: private, **more}
     kept = {purpose: {k: t.clone() for k, t in named.items()} for purpose, named in found.items() if named}
     state = ClientState(kept, result.moments.num_steps, describe(job.link.skeleton()))
     replica.store.save(job.request.partition, plan.round, state)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedraclora.files import read_tensors, write_tensors
 
-# What a client remembers: its optimiser's first moments, what its compressor left out (or the difference it has told
-# of), its control variates, and what it trains and never sends.
-MOMENTS, FEEDBACK, VARIATES, PRIVATE = "moments", "feedback", "variates", "private"
+# What a client remembers: its optimiser's first and second moments, what its compressor left out (or the difference it
+# has told of), its control variates, and what it trains and never sends.
+MOMENTS, SECOND_MOMENTS, FEEDBACK, VARIATES, PRIVATE = "moments", "second_moments", "feedback", "variates", "private"
 
 
 class LostState(ValueError):
@@ -27,7 +27,7 @@ class LostState(ValueError):
 class ClientState:
     """What a client remembers, by purpose and key, and the description of the link whose basis that lives in.
 
-    `num_steps` counts the steps over which first moments were gathered.
+    `num_steps` counts the steps over which moments were gathered.
     """
 
     tensors: dict[str, dict[str, Tensor]]

@@ -6,11 +6,13 @@ cohort's input are its clients' batches, one after the other, all of the same le
 of one.
 
 Full weights, biases and the affine parts of norms can be trained per client too (what FedAvg and trained heads need).
-Left out: layers that mix the rows of a batch, active dropout, grouped convolutions with low-rank factors.
+An active `nn.Dropout` draws each client's masks from a generator of that client's own. Left out: layers that mix the
+rows of a batch, other dropouts, grouped convolutions with low-rank factors.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -177,6 +179,50 @@ class CohortNorm(CohortLayer):
         return affine[(..., *[None] * (x.ndim - 2))] if self.is_channels_first else affine
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Where one step's dropout masks come from: a generator for each client, in the order of the cohort's rows.
+
+    Of the `width` rows that each client has in the input, its first `sizes[client]` are its batch and the rest is
+    padding. Only for the batch is anything drawn, so that a client's later masks do not depend on who pads it.
+    """
+
+    generators: Sequence[torch.Generator]
+    sizes: Sequence[int]
+    width: int
+
+    def mask(self, x: Tensor, p: float) -> Tensor:
+        """Return what multiplies `x` `[clients * rows, ...]`: 0 with probability `p`, else `1 / (1 - p)`.
+
+        `rows` is a multiple of `width` (a layer may see each row's tokens one by one). Raises ValueError where it is
+        not. The numbers are drawn in float32 on the CPU: the same masks for every dtype and device.
+        """
+        rows, rest = divmod(len(x), len(self.sizes) * self.width)
+        if rest:
+            raise ValueError(
+                f"an nn.Dropout sees {len(x)} rows of {len(self.sizes)} clients with batches of {self.width}; its "
+                "first axis must be the batch"
+            )
+        drawn = torch.ones(len(self.sizes), rows * self.width, *x.shape[1:])
+        for own, size, generator in zip(drawn, self.sizes, self.generators, strict=True):
+            own[: rows * size].uniform_(generator=generator)
+        kept = (drawn >= p).flatten(0, 1).to(x.device)
+        return kept.to(x.dtype) / (1 - p if p < 1 else 1)
+
+
+class CohortDropout(nn.Module):
+    """`nn.Dropout` for a cohort. It is off until it is given the draws of a step."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.draws: Draws | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with each client's numbers dropped by its own masks."""
+        return x if self.draws is None else x * self.draws.mask(x, self.p)
+
+
 _COHORT_LAYERS: dict[type[nn.Module], type[CohortLayer]] = {
     nn.Linear: CohortLinear,
     nn.Conv2d: CohortConv2d,
@@ -210,10 +256,10 @@ def check_rows_stay_apart(model: nn.Module) -> None:
                 f"layer {name!r} is a {type(module).__name__} in training mode, which mixes the examples of different "
                 "clients; use nn.GroupNorm, or freeze it with .eval() when the model is built"
             )
-        if isinstance(module, _DROPOUTS) and module.p > 0 and module.training:
+        if isinstance(module, _DROPOUTS) and type(module) is not nn.Dropout and module.p > 0 and module.training:
             raise ValueError(
                 f"layer {name!r} is an active {type(module).__name__} (p={module.p}), whose masks would depend on "
-                "which clients train together; set p=0"
+                "which clients train together; use nn.Dropout, or set p=0"
             )
 
 
@@ -230,13 +276,31 @@ class CohortModel:
         self.module = copy.deepcopy(model).requires_grad_(False)
         owners = [*low_rank, *(name.rpartition(".")[0] for name in dense)]
         self._layers = {owner: self._replace(owner) for owner in dict.fromkeys(owners)}
+        self._dropouts = self._replace_dropouts()
 
     def _replace(self, name: str) -> CohortLayer:
         original = self.module.get_submodule(name)
         layer = _COHORT_LAYERS[type(original)](original)
+        self._put(name, layer)
+        return layer
+
+    def _replace_dropouts(self) -> list[CohortDropout]:
+        """Replace every active dropout, under each of its names where it has several."""
+        named = self.module.named_modules(remove_duplicate=False)
+        dropouts = {name: module for name, module in named if type(module) is nn.Dropout}
+        found = {name: CohortDropout(own.p) for name, own in dropouts.items() if own.p > 0 and own.training}
+        for name, layer in found.items():
+            self._put(name, layer)
+        return list(found.values())
+
+    def _put(self, name: str, layer: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self.module.get_submodule(parent), child, layer)
-        return layer
+
+    @property
+    def has_dropout(self) -> bool:
+        """Return whether the model drops anything while it trains."""
+        return bool(self._dropouts)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the named weights (a model's `state_dict`) into the shared tensors."""
@@ -260,8 +324,10 @@ class CohortModel:
         for name, scale in scales.items():
             self._layers[name].scale = scale
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the outputs of `inputs` `[clients * batch, ...]`."""
+    def __call__(self, inputs: Tensor, draws: Draws | None = None) -> Tensor:
+        """Return the outputs of `inputs` `[clients * batch, ...]`, with dropout by `draws`, or without."""
+        for layer in self._dropouts:
+            layer.draws = draws
         outputs: Tensor = self.module(inputs)
         return outputs
 
@@ -276,7 +342,7 @@ class CohortModel:
         hooks = [leaf.register_forward_hook(lambda _m, _i, output: sizes.append(_numel(output))) for leaf in leaves]
         try:
             with torch.no_grad():
-                self.module(inputs[:1])
+                self(inputs[:1])
         finally:
             for hook in hooks:
                 hook.remove()

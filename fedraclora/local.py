@@ -17,18 +17,20 @@ from torch import Tensor
 
 from fedraclora.data import Examples, IndexArray
 from fedraclora.gradients import GradientRules, add_noise
-from fedraclora.layers import CohortModel
+from fedraclora.layers import CohortModel, Draws
 from fedraclora.ledger import MIB
 from fedraclora.local_config import LocalConfig
 from fedraclora.optim import CohortOptimizer, Member, Moments, clip_by_client
 from fedraclora.privacy import noise_generator
-from fedraclora.seeding import generator
+from fedraclora.seeding import derive_seed, generator
 from fedraclora.tasks import RowLoss
 
 
 @dataclass(frozen=True)
 class LocalClient:
-    """One client of a cohort: its rows of the examples, the seed of its batch order, and what it brings of its own.
+    """One client of a cohort: its rows of the examples, the seed of its batches, and what it brings of its own.
+
+    `seed` is that of the batches' order, and of the masks of dropout.
 
     `member.own` may hold frozen factors too. `held_out` are rows that it does not train on but is scored on at the end;
     `noise_seed` is that of the noise for the privacy of its examples, None for the operating system's entropy.
@@ -150,10 +152,14 @@ def _clients_per_chunk(trainer: Trainer, start: Mapping[str, Tensor], width: int
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Row numbers and row weights `[steps, clients, width]`; a row weighs `1 / batch size`, a padded one nothing."""
+    """Row numbers and row weights `[steps, clients, width]`; a row weighs `1 / batch size`, a padded one nothing.
+
+    `sizes` `[steps, clients]` are those of the batches, 0 for a client that has finished.
+    """
 
     rows: Tensor
     weights: Tensor
+    sizes: IndexArray
     num_steps: IndexArray
     widths: IndexArray
 
@@ -172,6 +178,7 @@ class _Chunk:
         return _Chunk(
             rows=torch.from_numpy(rows).to(inputs.device),
             weights=torch.from_numpy(weights).to(inputs),
+            sizes=sizes,
             num_steps=num_steps,
             widths=sizes.max(axis=1),
         )
@@ -194,6 +201,9 @@ class _ChunkTraining:
         self._frozen = {key: torch.stack([client.member.own[key] for client in clients]) for key in names}
         self._leaves: dict[str, Tensor] = {}
         self._live = 0
+        dropping = clients if trainer.model.has_dropout else []
+        # Each client's masks are its own, whoever trains beside it.
+        self._masks = [torch.Generator().manual_seed(derive_seed(client.seed, "dropout")) for client in dropping]
         is_noisy = trainer.rules.example_noise > 0
         self._noise = [noise_generator(client.noise_seed) for client in clients] if is_noisy else []
 
@@ -223,7 +233,7 @@ class _ChunkTraining:
 
     def _step(self, step: int, inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Take one step and return the weighted losses of the rows."""
-        losses = self.trainer.row_loss(self.trainer.model(inputs), targets) * weights
+        losses = self.trainer.row_loss(self.trainer.model(inputs, self._draws(step)), targets) * weights
         gradients = torch.autograd.grad(losses.sum(), list(self._leaves.values()))
         self._move(step, gradients)
         return losses.detach()
@@ -234,7 +244,7 @@ class _ChunkTraining:
         leaves = {key: leaf.detach().repeat_interleave(width, 0).requires_grad_() for key, leaf in self._leaves.items()}
         frozen = {key: tensor[: self._live].repeat_interleave(width, 0) for key, tensor in self._frozen.items()}
         self.trainer.model.bind(leaves | frozen, num_clients=len(weights))
-        losses = self.trainer.row_loss(self.trainer.model(inputs), targets)
+        losses = self.trainer.row_loss(self.trainer.model(inputs, self._draws(step)), targets)
         each = torch.autograd.grad((losses * (weights > 0)).sum(), list(leaves.values()))
         clipped = clip_by_client(each, rules.example_clip)
         sums = [gradient.unflatten(0, (self._live, width)).sum(1) for gradient in clipped]
@@ -244,6 +254,13 @@ class _ChunkTraining:
         shares = weights.view(self._live, width).amax(1)
         self._move(step, [gradient * shares.view(-1, *[1] * (gradient.ndim - 1)) for gradient in sums])
         return losses.detach() * weights
+
+    def _draws(self, step: int) -> Draws | None:
+        """Return where the masks of a step come from; None for a model without dropout."""
+        if not self._masks:
+            return None
+        sizes = self.chunk.sizes[step, : self._live].tolist()
+        return Draws(self._masks[: self._live], sizes, int(self.chunk.widths[step]))
 
     def _move(self, step: int, gradients: Sequence[Tensor]) -> None:
         rules = self.trainer.rules

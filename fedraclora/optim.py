@@ -22,10 +22,14 @@ Keep = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Moments:
-    """A client's first moments by key, and over how many steps they were gathered (Adam's bias correction needs it)."""
+    """A client's moments by key, and over how many steps they were gathered (Adam's bias correction needs it).
+
+    `tensors` are the first moments; without `second` ones, those start anew.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     num_steps: int = 0
+    second: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,12 @@ class CohortOptimizer:
             key: _stack(tensor, [member.own.get(key) for member in members]) for key, tensor in start.items()
         }
         self._start = {key: values.clone() for key, values in self.values.items()} if config.proximal > 0 else {}
-        self._first = self._stack(moments) if self._has_first_moment else {}
-        self._second = {key: torch.zeros_like(t) for key, t in self.values.items()} if self._is_adam else {}
-        self._earlier_steps = torch.tensor([0 if item is None else item.num_steps for item in moments])
+        found = [Moments() if item is None else item for item in moments]
+        self._first = self._stack([item.tensors for item in found]) if self._has_first_moment else {}
+        self._second = self._stack([item.second for item in found]) if self._is_adam else {}
+        self._earlier_steps = torch.tensor([item.num_steps for item in found])
+        self._earlier_second_steps = torch.tensor([item.num_steps if item.second else 0 for item in found])
+        self._keeps_second = any(item.second for item in found)
         self._corrections = {
             key: torch.stack([member.correction.get(key, torch.zeros_like(start[key])) for member in members])
             for key in dict.fromkeys(key for member in members for key in member.correction)
@@ -72,10 +79,10 @@ class CohortOptimizer:
     def _has_first_moment(self) -> bool:
         return self._is_adam or self.config.momentum > 0
 
-    def _stack(self, moments: Sequence[Moments | None]) -> dict[str, Tensor]:
+    def _stack(self, moments: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         stacked = {key: torch.zeros_like(values) for key, values in self.values.items()}
-        for client, carried in enumerate(moments):
-            for key, tensor in (carried.tensors if carried is not None else {}).items():
+        for client, earlier in enumerate(moments):
+            for key, tensor in earlier.items():
                 stacked[key][client] = tensor
         return stacked
 
@@ -85,9 +92,9 @@ class CohortOptimizer:
         return self._leaves
 
     def moments_of(self, client: int, num_steps: int) -> Moments:
-        """Return the first moments of one client after `num_steps` steps of this round; empty for plain SGD."""
-        tensors = {key: values[client] for key, values in self._first.items()}
-        return Moments(tensors, int(self._earlier_steps[client]) + num_steps if tensors else 0)
+        """Return the moments of one client after `num_steps` steps of this round; empty for plain SGD."""
+        first, second = ({key: t[client] for key, t in stacked.items()} for stacked in (self._first, self._second))
+        return Moments(first, int(self._earlier_steps[client]) + num_steps if first else 0, second)
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], keep: Keep | None = None) -> None:
@@ -132,13 +139,22 @@ class CohortOptimizer:
         first, second = self._first[key][: len(leaf)], self._second[key][: len(leaf)]
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        # First moments may have been gathered over earlier rounds too; second moments start anew in each.
+        # First moments may have been gathered over earlier rounds too, and second ones where they are kept.
         gathered = (self._earlier_steps[: len(leaf)] + self._num_steps).to(leaf)
         step_size = (self.config.lr / (1 - beta1**gathered)).view(-1, *[1] * (leaf.ndim - 1))
-        spread = second.sqrt().div_((1 - beta2**self._num_steps) ** 0.5).add_(EPSILON)
+        spread = second.sqrt().div_(self._second_correction(leaf)).add_(EPSILON)
         if self.config.weight_decay > 0:
             leaf.sub_(self._scaled(leaf * (self.config.lr * self.config.weight_decay)))
         leaf.sub_(self._scaled(step_size * first / spread))
+
+    def _second_correction(self, leaf: Tensor) -> Tensor | float:
+        """Return the root of the share of the second moments that has been gathered."""
+        _, beta2 = BETAS
+        if not self._keeps_second:
+            return float((1 - beta2**self._num_steps) ** 0.5)
+        # In float64: in float32 the first steps' small difference to 1 would lose half its digits.
+        gathered = (self._earlier_second_steps[: len(leaf)] + self._num_steps).double()
+        return (1 - beta2**gathered).sqrt().to(leaf).view(-1, *[1] * (leaf.ndim - 1))
 
 
 def _stack(tensor: Tensor, own: Sequence[Tensor | None]) -> Tensor:

@@ -16,7 +16,7 @@ Value = Scalar | list[int] | list[float] | list[str]
 
 # What may be trained of a layer: either factor or both, the core between them, or the weight in full.
 PARTS = {"a": ("lora_a",), "b": ("lora_b",), "ab": ("lora_a", "lora_b"), "core": ("core",), "w": ("weight",)}
-MOMENTS = ("reset", "carry", "transport")
+MOMENTS = ("reset", "carry", "transport", "keep")
 MEMORIES = ("drop", "carry", "transport")
 FEEDBACKS = ("none", "ef", "ef21", "marina")
 NO_STATE = -1
@@ -33,8 +33,9 @@ class Training:
     weights trained in full are projected on the rows of the layer's drawn factor (the columns of a drawn lora_b); with
     `sends_factor` such a weight's difference is sent as the factor that goes with the drawn one. `blocks` cuts the rank
     into blocks of which one trains at a time, each for `block_steps` steps, in an order of the client's own. `moments`
-    says what becomes of the optimiser's first moments between rounds: `reset`, `carry` as they are, or `transport` into
-    the new link's basis.
+    says what becomes of the optimiser's state between rounds: all of it is `reset`; the first moments are `carry`-ed as
+    they are, or `transport`-ed into the new link's basis, and the second ones start anew; or both go on as they are
+    (`keep`), as if the optimiser were never rebuilt.
     """
 
     parts: Mapping[str, str] = field(default_factory=dict)
@@ -59,6 +60,11 @@ class Training:
             raise ValueError(f"private={list(self.private)} must be among what trains, {self.keys}")
         if self.blocks < 1 or self.block_steps < 1:
             raise ValueError(f"blocks={self.blocks} and block_steps={self.block_steps} must be at least 1")
+
+    @property
+    def keeps_second_moments(self) -> bool:
+        """Return whether a client goes on with its optimiser's second moments too."""
+        return self.moments == "keep"
 
     @property
     def keys(self) -> list[str]:

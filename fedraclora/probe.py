@@ -10,19 +10,25 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedraclora.layers import CohortModel
+from fedraclora.layers import CohortModel, Draws
 
 ROWS = 2
 TOLERANCE = 1e-3
-ADVICE = "keep the batch as the first axis in every layer, do not pool over it, and switch dropout off"
+ADVICE = "keep the batch as the first axis in every layer, do not pool over it, and drop by nn.Dropout layers alone"
 
 
 def check_clients_stay_apart(model: CohortModel, start: Mapping[str, Tensor], inputs: Tensor) -> None:
     """Raise ValueError where two clients together do not compute what each computes alone.
 
     `start` are the tensors that one client trains, `inputs` `[num, *input_shape]` any real rows. The model's shared
-    weights and frozen factors must be in place.
+    weights and frozen factors must be in place. A model with dropout is looked at without it, because what is dropped
+    hides what is mixed, and with it, because a mask may fall on the rows of another client.
     """
+    for is_dropping in (False, True) if model.has_dropout else (False,):
+        _check(model, start, inputs, is_dropping=is_dropping)
+
+
+def _check(model: CohortModel, start: Mapping[str, Tensor], inputs: Tensor, *, is_dropping: bool) -> None:
     rows = inputs[torch.arange(2 * ROWS, device=inputs.device) % len(inputs)]
     noise = torch.Generator().manual_seed(0)
     both = {
@@ -31,20 +37,26 @@ def check_clients_stay_apart(model: CohortModel, start: Mapping[str, Tensor], in
     leaves = {key: tensor.requires_grad_() for key, tensor in both.items()}
     model.bind(leaves, num_clients=2)
     try:
-        together = model(rows)
+        together = model(rows, _draws(0, 1) if is_dropping else None)
     except RuntimeError as error:
         raise ValueError(f"the model cannot train two clients together; {ADVICE} ({error})") from error
-    _check_all_used(leaves, together)
+    if not is_dropping:
+        _check_all_used(leaves, together)
     with torch.no_grad():
         for client in range(2):
             own = slice(client * ROWS, (client + 1) * ROWS)
             model.bind({key: tensor[client : client + 1] for key, tensor in both.items()}, num_clients=1)
-            alone = model(rows[own])
+            alone = model(rows[own], _draws(client) if is_dropping else None)
             if alone.shape[0] != ROWS or not _close(alone, together[own]):
                 raise ValueError(
                     "the model mixes the rows of different clients, or draws noise: two clients together do not "
                     f"compute what each computes alone; {ADVICE}"
                 )
+
+
+def _draws(*clients: int) -> Draws:
+    """Return the first draws of some clients; a client's own are the same in any company."""
+    return Draws([torch.Generator().manual_seed(client) for client in clients], [ROWS] * len(clients), ROWS)
 
 
 def _close(alone: Tensor, together: Tensor) -> bool:

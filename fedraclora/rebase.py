@@ -3,7 +3,7 @@
 For a trained B the gradient lives in the rows of A, so a remembered `m` (a first moment, a compressor's residual, a
 control variate) stands for the direction `m A_old` in weight space; `transport` takes the closest direction that the
 new basis holds, `m A_old A_new^T (A_new A_new^T)^+`. For a trained A it is the mirror image. Second moments are not
-linear in the basis and are never kept.
+linear in the basis: they are never transported, and go on as they are, or anew.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedraclora.link import Drawn, Given, Link, Stack, materialize
 from fedraclora.sketch import SketchKey
 
-DROP, CARRY, TRANSPORT = "drop", "carry", "transport"
+DROP, CARRY, TRANSPORT, KEEP = "drop", "carry", "transport", "keep"
 OTHER = {"lora_a": "lora_b", "lora_b": "lora_a"}
 
 Remembered = Mapping[str, Tensor]
@@ -23,9 +23,9 @@ Remembered = Mapping[str, Tensor]
 def rebase(remembered: Remembered, old: Link, new: Link, *, mode: str) -> tuple[dict[str, Tensor], float]:
     """Return what is remembered with which the round in `new` starts, and the share of it that is lost.
 
-    `mode` is `drop`, `carry` (as it is) or `transport`; where a tensor's basis is the same nothing changes. The loss is
-    the Frobenius norm, in weight space, of what is no longer there over that of what was: 0 for nothing lost, 1 for
-    all; what is carried into an unrelated basis points elsewhere, which is a loss of up to 2.
+    `mode` is `drop`, `carry` or `keep` (both: as it is), or `transport`; where a tensor's basis is the same nothing
+    changes. The loss is the Frobenius norm, in weight space, of what is no longer there over that of what was: 0 for
+    nothing lost, 1 for all; what is carried into an unrelated basis points elsewhere, which is a loss of up to 2.
     """
     kept: dict[str, Tensor] = {}
     before, gone = 0.0, 0.0
@@ -63,7 +63,7 @@ def _in_weight_space(key: str, tensor: Tensor, basis: Drawn | None) -> Tensor:
 def _move(key: str, tensor: Tensor, was: Tensor, basis: Drawn, mode: str) -> Tensor:
     if mode == DROP:
         return torch.zeros_like(tensor)
-    if mode == CARRY:
+    if mode in (CARRY, KEEP):
         return tensor
     back: Tensor = torch.linalg.pinv(materialize(basis, tensor))
     return was @ back if key.endswith("lora_b") else back @ was

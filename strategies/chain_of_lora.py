@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from fedraclora.chain import Weights
 from fedraclora.link import Link
-from fedraclora.plan import Training
+from fedraclora.plan import MOMENTS, Training
+from fedraclora.plugins import nearest
 from strategies.method import Adapter, Step, Traits, Updates, mean_update, replace_trained
+
+ZEROS = ("b", "a")
 
 
 @dataclass
@@ -20,10 +23,15 @@ class Config:
     """Settings of COLA.
 
     rounds_per_link: rounds before the pair is merged and a new one started; 0 never (FedIT).
+    zero: the factor that starts at zero: `b` (A is drawn), or `a` (B is drawn).
+    moments: the optimiser's state between rounds: `reset`; `carry`, its first moments as they are (`transport` is the
+    same here, as neither factor is a fixed basis); or `keep`, first and second moments and the step count.
     lr: the clients' learning rate where the run names none.
     """
 
     rounds_per_link: int = 1
+    zero: str = "b"
+    moments: str = "reset"
     lr: float = 0.1
 
 
@@ -40,12 +48,12 @@ class ChainOfLora:
         return Traits(merges=self.config.rounds_per_link > 0)
 
     def open_link(self, index: int, weights: Weights) -> Link:
-        """Return link `index`: a drawn start for A, zero for B."""
-        return self.adapter.open_link(index, self.adapter.everywhere("ab"))
+        """Return link `index`: a drawn start for one factor, zero for the other."""
+        return self.adapter.open_link(index, self.adapter.everywhere("ab" if self.config.zero == "b" else "a"))
 
     def trains(self, round: int, start: Link) -> Training:
         """Return both factors of every layer."""
-        return Training(self.adapter.everywhere("ab"), self.adapter.dense)
+        return Training(self.adapter.everywhere("ab"), self.adapter.dense, moments=self.config.moments)
 
     def aggregate(self, weights: Weights, start: Link, updates: Updates) -> Step:
         """Return the pair of the means of the factors."""
@@ -57,7 +65,13 @@ class ChainOfLora:
 
 
 def build(config: Config, adapter: Adapter) -> ChainOfLora:
-    """Return federated COLA for an adapted model. Raises ValueError for a negative link length."""
+    """Return federated COLA for an adapted model. Raises ValueError for settings that make no sense."""
     if config.rounds_per_link < 0:
         raise ValueError(f"method.rounds_per_link={config.rounds_per_link} must not be negative")
+    for name, valid in {"moments": MOMENTS, "zero": ZEROS}.items():
+        found = getattr(config, name)
+        if found not in valid:
+            raise ValueError(f"method.{name}={found!r} is unknown; {nearest(found, valid)}")
+    for layer in adapter.shapes:
+        adapter.check_rank(layer)
     return ChainOfLora(config, adapter)

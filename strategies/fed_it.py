@@ -15,14 +15,21 @@ from strategies.method import Adapter, Method
 
 @dataclass
 class Config:
-    """Settings of FedIT; `lr` is the clients' learning rate where the run names none.
+    """Settings of FedIT.
 
-    At 0.1, the best rate of the default job, long runs may diverge without gradient clipping (`clip_norm=5`).
+    zero: the factor that starts at zero: `b` (A is drawn), or `a` (B is drawn).
+    moments: the optimiser's state between rounds: `reset`; `carry` (or `transport`), its first moments; or `keep`,
+    first and second moments and the step count.
+    lr: the clients' learning rate where the run names none. At 0.1, the best rate of the default job, long runs may
+    diverge without gradient clipping (`clip_norm=5`).
     """
 
+    zero: str = "b"
+    moments: str = "reset"
     lr: float = 0.1
 
 
 def build(config: Config, adapter: Adapter) -> Method:
-    """Return FedIT for an adapted model."""
-    return chain_of_lora.build(chain_of_lora.Config(rounds_per_link=0, lr=config.lr), adapter)
+    """Return FedIT for an adapted model. Raises ValueError for settings that make no sense."""
+    chain = chain_of_lora.Config(rounds_per_link=0, zero=config.zero, moments=config.moments, lr=config.lr)
+    return chain_of_lora.build(chain, adapter)

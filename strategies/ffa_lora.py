@@ -15,15 +15,22 @@ from strategies.method import Adapter, Method
 
 @dataclass
 class Config:
-    """Settings of FFA-LoRA; `lr` is the clients' learning rate where the run names none."""
+    """Settings of FFA-LoRA.
 
+    moments: the optimiser's state between rounds: `reset`; `carry` (or `transport`), its first moments; or `keep`,
+    first and second moments and the step count.
+    lr: the clients' learning rate where the run names none.
+    """
+
+    moments: str = "reset"
     lr: float = 1.0
 
 
 def build(config: Config, adapter: Adapter) -> Method:
-    """Return FFA-LoRA for an adapted model. Raises ValueError for private draws."""
+    """Return FFA-LoRA for an adapted model. Raises ValueError for private draws, and for unknown `moments`."""
     if not adapter.is_shared:
         raise ValueError(
             "FFA-LoRA freezes one A for all clients, so that sketch.shared=false is not for it; set it true"
         )
-    return rac_lora.build(rac_lora.Config(side="b", rounds_per_link=0, lr=config.lr), adapter)
+    chain = rac_lora.Config(side="b", rounds_per_link=0, moments=config.moments, lr=config.lr)
+    return rac_lora.build(chain, adapter)

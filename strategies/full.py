@@ -10,14 +10,21 @@ from typing import ClassVar
 
 from fedraclora.chain import Weights
 from fedraclora.link import Link
-from fedraclora.plan import Training
+from fedraclora.plan import MOMENTS, Training
+from fedraclora.plugins import nearest
 from strategies.method import Adapter, Step, Traits, Updates, mean_update, replace_trained
 
 
 @dataclass
 class Config:
-    """Settings of FedAvg; `lr` is the clients' learning rate where the run names none."""
+    """Settings of FedAvg.
 
+    moments: the optimiser's state between rounds: `reset`; `carry` (or `transport`), its first moments; or `keep`,
+    first and second moments and the step count.
+    lr: the clients' learning rate where the run names none.
+    """
+
+    moments: str = "reset"
     lr: float = 0.2
 
 
@@ -35,7 +42,7 @@ class Full:
 
     def trains(self, round: int, start: Link) -> Training:
         """Return all parameters."""
-        return Training(dense=self.parameters)
+        return Training(dense=self.parameters, moments=self.config.moments)
 
     def aggregate(self, weights: Weights, start: Link, updates: Updates) -> Step:
         """Return a term that sets each parameter to the clients' mean."""
@@ -47,5 +54,7 @@ class Full:
 
 
 def build(config: Config, adapter: Adapter) -> Full:
-    """Return FedAvg on all parameters."""
+    """Return FedAvg on all parameters. Raises ValueError for a rule on moments that there is not."""
+    if config.moments not in MOMENTS:
+        raise ValueError(f"method.moments={config.moments!r} is unknown; {nearest(config.moments, MOMENTS)}")
     return Full(config, adapter.parameters)

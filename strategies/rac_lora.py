@@ -36,7 +36,8 @@ class Config:
 
     side: the factor that is trained and sent: `b` (A is drawn), `a` (B is drawn), or `auto` (per layer the smaller).
     rounds_per_link: rounds before a link is merged and a new one opened; 1 as published, 0 never (FFA-LoRA).
-    moments: the optimiser's first moments between rounds: `reset`, `carry`, or `transport` into the new link's basis.
+    moments: the optimiser's state between rounds: `reset`; its first moments alone, `carry` as they are or `transport`
+    into the new link's basis; or `keep`, first and second moments and the step count as they are.
     contributors: over whom a rank component is averaged where ranks differ: `all` clients (those that do not train it
     count as zero there), or `rows`, those that train it.
     lr: the clients' learning rate where the run names none.

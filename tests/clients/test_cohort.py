@@ -7,16 +7,21 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from clients import cohort
 from clients.cohort import Request
-from clients.state_store import MOMENTS, PRIVATE
+from clients.state_store import MOMENTS, PRIVATE, SECOND_MOMENTS
 from experiments.run import run
-from fedraclora.local import train_cohort
+from fedraclora.link import materialize
+from fedraclora.local import local_batches, train_cohort
+from fedraclora.plan import MOMENTS as MODES
 from fedraclora.plan import RoundPlan, Training
+from fedraclora.seeding import derive_seed
 from tests.helpers import (
     AppsGrid,
     OneByOneGrid,
     Silent,
     error_reply,
     federation,
+    final_weights,
+    relative_distance,
     same_weights,
     settings,
 )
@@ -32,13 +37,116 @@ def digest(chosen, **options):
     return parts.chain.digest
 
 
-def test_reset_carry_and_transport_are_three_different_rules():
-    digests = {mode: digest(with_moments(mode)) for mode in ("reset", "carry", "transport")}
-    assert len(set(digests.values())) == 3
+def test_the_rules_on_moments_are_different_rules():
+    digests = {mode: digest(with_moments(mode, optimizer="adamw", lr=0.05)) for mode in MODES}
+    assert len(set(digests.values())) == len(MODES)
 
 
 def test_the_first_round_is_the_same_for_all_rules():
-    assert len({digest(with_moments(mode, rounds=1)) for mode in ("reset", "carry", "transport")}) == 1
+    chosen = {"optimizer": "adamw", "lr": 0.05, "rounds": 1}
+    assert len({digest(with_moments(mode, **chosen)) for mode in MODES}) == 1
+
+
+def test_without_second_moments_keep_is_carry():
+    assert digest(with_moments("keep")) == digest(with_moments("carry"))
+
+
+def trained_by_torch(parts):
+    """Return the weights of a run's one client by a torch optimiser that is never rebuilt: factors are reset in place.
+
+    This is how the paper's released code trains a chain (mathematics.md 4.3).
+    """
+    chosen, method = parts.settings, parts.problem.method
+    weights = {name: tensor.clone() for name, tensor in parts.problem.new_chain().weights().items()}
+    terms, leaves, optimizer, index, updates = {}, {}, None, 0, 0
+    for round in range(1, chosen.rounds + 1):
+        plan = plan_of(parts, round)
+        if updates == 0:
+            terms = method.open_link(index, weights).low_rank_terms()
+            for term in terms.values():
+                for key, factor in term.factors.items():
+                    start = materialize(factor, weights[term.target])
+                    leaves.setdefault(key, start.clone()).data.copy_(start)
+        leaves = leaves or weights
+        if optimizer is None:
+            trained = [leaves[key].requires_grad_() for key in (*plan.training.keys, *plan.training.dense)]
+            optimizer = torch.optim.AdamW(trained, lr=chosen.lr, weight_decay=chosen.weight_decay)
+        seed = derive_seed(plan.batch_seed, "client", 0)
+        for rows, size in zip(*local_batches(parts.problem.split.indices[0], seed, plan.local), strict=True):
+            batch = parts.replica.data.examples.select(rows[:size])
+            outputs = torch.func.functional_call(
+                parts.problem.model, merged_with(weights, terms, leaves), (batch.inputs,)
+            )
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(outputs, batch.targets).backward()
+            optimizer.step()
+        updates += 1
+        if method.closes(updates):
+            weights, index, updates = detached(merged_with(weights, terms, leaves)), index + 1, 0
+    return weights if updates == 0 else detached(merged_with(weights, terms, leaves))
+
+
+def merged_with(weights, terms, leaves):
+    added = {t.target: t.scale * leaves[f"{n}.lora_b"] @ leaves[f"{n}.lora_a"] for n, t in terms.items()}
+    return {name: tensor + added[name] if name in added else tensor for name, tensor in weights.items()}
+
+
+def detached(weights):
+    return {name: tensor.detach() for name, tensor in weights.items()}
+
+
+def plan_of(parts, round):
+    """Return the plan that the run's client was sent in a round."""
+    (record,) = [
+        message.content.config_records["plan"]
+        for way, _, message in parts.grid.seen
+        if way == "down" and message.metadata.group_id == str(round) and "plan" in message.content.config_records
+    ]
+    return RoundPlan.from_record(record)
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("ffa_lora", {}),
+        ("fed_it", {}),
+        ("full", {}),
+        ("rac_lora", {"rounds_per_link": 0, "side": "a"}),
+        ("rac_lora", {}),
+        ("chain_of_lora", {}),
+    ],
+    ids=["ffa_lora", "fed_it", "full", "rac_lora open", "rac_lora", "chain_of_lora"],
+)
+def test_moments_that_are_kept_are_those_of_an_optimiser_that_is_never_rebuilt(tmp_path, method, own):
+    """One client, whose rounds are one long training; its state is read back from disk in each of them."""
+    training = {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1, "local_steps": 4, "rounds": 4}
+    alone = {"num_clients": 1, "fraction": 1.0, "dtype": "float64", "partition": "iid"}
+    parts = federation(settings(method=(method, {"moments": "keep", **own}), **training, **alone), folder=tmp_path)
+    for _ in parts.iterate():
+        parts.replica.store._states.clear()
+    found, expected = parts.chain.weights(), trained_by_torch(parts)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("mode", "purposes"), [("carry", {MOMENTS}), ("keep", {MOMENTS, SECOND_MOMENTS})])
+def test_second_moments_are_remembered_where_they_are_kept_alone(mode, purposes):
+    parts = federation(with_moments(mode, optimizer="adamw", lr=0.05, rounds=2))
+    parts.run()
+    state = parts.replica.store.load(0, 2)
+    assert set(state.tensors) == purposes
+    assert state.num_steps == 2 * parts.settings.local_steps
+
+
+def test_with_dropout_clients_on_machines_of_their_own_train_as_in_one_cohort():
+    own = {"hidden": [12], "dropout": 0.3}
+    chosen = settings(model=("mlp", own), fraction=1.0, dtype="float64", local_steps=6)
+    together = final_weights(chosen)
+    parts = federation(chosen)
+    parts.grid = AppsGrid(parts.problem, chosen)
+    parts.run()
+    assert relative_distance(parts.chain.weights(), together) <= 1e-12
+    assert relative_distance(final_weights(settings(fraction=1.0, dtype="float64", local_steps=6)), together) > 1e-3
 
 
 def test_within_a_link_transport_is_carry():
@@ -169,13 +277,15 @@ def test_lost_state_is_reset_for_its_client_alone():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_state_on_disk_is_state_in_memory(tmp_path, optimizer):
-    chosen = with_moments("transport", optimizer=optimizer, lr=0.05)
+@pytest.mark.parametrize("mode", ["transport", "keep"])
+def test_state_on_disk_is_state_in_memory(tmp_path, optimizer, mode):
+    chosen = with_moments(mode, optimizer=optimizer, lr=0.05)
     assert digest(chosen, folder=tmp_path / "clients") == digest(chosen)
 
 
-def test_state_is_kept_by_each_client_alone():
-    chosen = with_moments("transport", exact=True, rounds=4, fraction=0.5)
+@pytest.mark.parametrize("mode", ["transport", "keep"])
+def test_state_is_kept_by_each_client_alone(mode):
+    chosen = with_moments(mode, optimizer="adamw", lr=0.05, exact=True, rounds=4, fraction=0.5)
     apart = federation(chosen)
     apart.grid = AppsGrid(apart.problem, chosen)
     apart.run()

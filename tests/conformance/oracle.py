@@ -133,21 +133,23 @@ def full(run: Run) -> Final:
     return weights, biases
 
 
-def chain(run: Run, trained: str, length: int) -> Final:
+def chain(run: Run, trained: str, length: int, drawn: str | None = None) -> Final:
     """Average the trained factors each round and merge them after `length` rounds (0: never).
+
+    `drawn` says which factor the draw is for, where that is not the one that `trained` names: with "a" it is B.
 
     With ("b", 0) or ("a", 0) FFA-LoRA (Sun et al. 2024, arXiv 2403.12313), with ("ab", 0) FedIT (Zhang et al. 2023,
     arXiv 2305.05644), with "ab" the federated form of chain of LoRA (Xia, Qin, Hazan 2024, arXiv 2401.04151), with
     one side RAC-LoRA whose links span `length` rounds.
     """
-    weights, factors, age, link = run.weights, run.start(0, trained), 0, 0
+    weights, factors, age, link = run.weights, run.start(0, drawn or trained), 0, 0
     for round, shares in run.rounds():
         sides = [trained] * len(weights)
         ends = {client: run.train_factors((round, client), weights, factors, sides) for client in shares}
         factors, age = mean_factors(ends, shares), age + 1
         if age == length:
             weights, age, link = effective(weights, factors, run.scale), 0, link + 1
-            factors = run.start(link, trained)
+            factors = run.start(link, drawn or trained)
     return effective(weights, factors, run.scale), run.biases
 
 

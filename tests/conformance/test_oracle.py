@@ -168,8 +168,14 @@ CASES: dict[str, dict[str, Case]] = {
         },
     },
     "ffa_lora": {"": case(lambda run, world: oracle.ffa_lora(run))},
-    "fed_it": {"": case(lambda run, world: oracle.fed_it(run), exact=False)},
+    "fed_it": {
+        "": case(lambda run, world: oracle.fed_it(run), exact=False),
+        "A at zero": case(lambda run, world: oracle.chain(run, "ab", 0, "a"), {"zero": "a"}, exact=False),
+    },
     "chain_of_lora": {
+        "A at zero": case(
+            lambda run, world: oracle.chain(run, "ab", 2, "a"), {"zero": "a", "rounds_per_link": 2}, exact=False
+        ),
         "1": case(lambda run, world: oracle.chain_of_lora(run), exact=False),
         "2": case(lambda run, world: oracle.chain_of_lora(run, 2), {"rounds_per_link": 2}, exact=False),
     },

@@ -1,7 +1,7 @@
 """Tests of fedraclora.layers: a cohort of K clients computes what K plain models with merged weights compute."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedraclora.data import Examples
-from fedraclora.layers import CohortModel, check_rows_stay_apart
+from fedraclora.layers import CohortModel, Draws, check_rows_stay_apart
 from fedraclora.link import FACTORS
 from fedraclora.local import LocalClient, LocalConfig, Trainer, train_cohort
 from fedraclora.models import cnn
@@ -304,12 +304,88 @@ def test_batch_norm_in_evaluation_mode_keeps_clients_apart() -> None:
     _assert_cohort_equals_clients(model.eval(), factors, torch.randn(2, 3, 1, 5, 5, dtype=torch.float64))
 
 
-def test_active_dropout_is_refused_and_inactive_dropout_is_not() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-    with pytest.raises(ValueError, match=r"'1' is an active Dropout \(p=0\.5\).*set p=0"):
+class _OwnDropout(nn.Dropout):
+    """Might draw in any way."""
+
+
+@pytest.mark.parametrize(
+    "kind", [nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, _OwnDropout]
+)
+def test_an_active_dropout_without_cohort_form_is_refused_and_an_inactive_one_is_not(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), kind(0.5))  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=rf"'1' is an active {kind.__name__} \(p=0\.5\).*use nn.Dropout, or set p=0"):
         check_rows_stay_apart(model)
     check_rows_stay_apart(model.eval())
-    check_rows_stay_apart(nn.Sequential(nn.Dropout(0.0)))
+    check_rows_stay_apart(nn.Sequential(nn.Linear(2, 2), kind(0.0)))  # type: ignore[call-arg]
+
+
+# ---- dropout ----
+
+
+def _generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@settings(max_examples=40)
+@given(data=st.data(), p=st.sampled_from([0.0, 0.1, 0.5, 1.0]), tokens=st.integers(1, 3))
+def test_a_clients_masks_are_its_own_generators_in_any_company_and_under_any_padding(
+    data: st.DataObject, p: float, tokens: int
+) -> None:
+    """Two calls in a row: what the first one pads must not shift what the second one draws."""
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    width = max(sizes) + data.draw(st.integers(0, 2))
+    draws = Draws(_generators(range(len(sizes))), sizes, width)
+    for call in range(2):
+        x = torch.ones(len(sizes) * width * tokens, 3, dtype=torch.float64)
+        found = draws.mask(x, p).view(len(sizes), width * tokens, 3)
+        for client, size in enumerate(sizes):
+            (own,) = _generators([client])
+            drawn = [torch.rand(size * tokens, 3, generator=own) for _ in range(call + 1)][-1]
+            expected = (drawn >= p).double() / (1 - p) if p < 1 else torch.zeros(size * tokens, 3).double()
+            assert torch.equal(found[client, : size * tokens], expected)
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
+    mask = Draws(_generators([0]), [1000], 1000).mask(torch.ones(1000, 50), 0.2)
+    assert set(mask.unique().tolist()) == {0.0, 1.25}
+    assert float(mask.mean()) == pytest.approx(1, abs=0.01)
+
+
+def test_rows_that_do_not_belong_to_the_clients_evenly_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="sees 7 rows of 2 clients with batches of 3; its first axis must be the batch"
+    ):
+        Draws(_generators([0, 1]), [3, 3], 3).mask(torch.ones(7, 2), 0.5)
+
+
+def test_dropout_is_off_but_for_the_call_that_is_given_draws() -> None:
+    model, inputs = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5)).double(), torch.randn(3, 4).double()
+    cohort = CohortModel(model, low_rank=["0"], dense=[])
+    expected = copy.deepcopy(model).eval()(inputs)
+    dropped = cohort(inputs, Draws(_generators([0]), [3], 3))
+    assert not torch.equal(dropped, expected)
+    assert torch.equal(cohort(inputs), expected)
+    assert cohort.has_dropout
+    assert isinstance(model[1], nn.Dropout), "the user's own model is left as it is"
+
+
+@pytest.mark.parametrize("dropout", [nn.Dropout(0.0), nn.Dropout(0.5).eval()], ids=["p=0", "eval"])
+def test_a_dropout_that_drops_nothing_stays_the_users_own(dropout: nn.Dropout) -> None:
+    cohort = CohortModel(nn.Sequential(nn.Linear(2, 2), dropout), low_rank=["0"], dense=[])
+    assert not cohort.has_dropout
+    assert type(cohort.module.get_submodule("1")) is nn.Dropout
+
+
+def test_one_dropout_under_two_names_drops_at_both_places() -> None:
+    shared = nn.Dropout(1.0)
+    for place in range(2):
+        layers: list[nn.Module] = [nn.Linear(2, 2), nn.Identity(), nn.Identity()]
+        layers[1 + place] = shared
+        model = nn.Sequential(*layers, nn.Sequential(shared))
+        cohort = CohortModel(model, low_rank=["0"], dense=[])
+        kinds = {type(module) for module in cohort.module.modules()}
+        assert nn.Dropout not in kinds, "each name has its cohort form"
+        assert not cohort(torch.ones(2, 2), Draws(_generators([0]), [2], 2)).any()
 
 
 # ---- what has no cohort form ----

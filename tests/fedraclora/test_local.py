@@ -1,6 +1,7 @@
 """Tests of fedraclora.local: a cohort trains each of its clients as that client would train alone."""
 
 import copy
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -13,14 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedraclora.data import Examples
+from fedraclora.gradients import GradientRules
 from fedraclora.layers import CohortModel
 from fedraclora.local import LocalClient, LocalConfig, LocalResult, Trainer, local_batches, train_cohort
 from fedraclora.optim import Member
+from fedraclora.seeding import derive_seed
 from fedraclora.targets import MatrixShape, find_targets
 from fedraclora.tasks import row_loss
 
 SCALE = 0.7
 RANK = 2
+P = 0.3
 FACTOR_NAMES = {"b": ("lora_b",), "a": ("lora_a",), "ab": ("lora_a", "lora_b")}
 # AdamW divides by a root that may be as small as its epsilon 1e-8: it magnifies the rounding errors of tiny gradients.
 TOLERANCES = {"sgd": 1e-12, "adamw": 1e-11}
@@ -31,19 +35,31 @@ def _numbers(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _model(seed: int) -> nn.Module:
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+def _model(seed: int, dropout: nn.Module | None = None) -> nn.Module:
+    bend = nn.Tanh() if dropout is None else nn.Sequential(nn.Tanh(), dropout)
+    model = nn.Sequential(nn.Linear(5, 6), bend, nn.LayerNorm(6), nn.Linear(6, 3)).double()
     with torch.no_grad():
         for place, parameter in enumerate(model.parameters()):
             parameter.copy_(0.5 * _numbers(seed + place, *parameter.shape))
     return model
 
 
+class _ByHand(nn.Module):
+    """Drops numbers with probability P by a generator of its own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand(x.shape, generator=self.generator) >= P) / (1 - P)
+
+
 class Problem:
     """A model, a fixed factor of each layer, tensors to train, examples and clients, all drawn from one seed."""
 
-    def __init__(self, seed: int, sizes: Sequence[int], side: str = "b") -> None:
-        self.plain = _model(seed)
+    def __init__(self, seed: int, sizes: Sequence[int], side: str = "b", dropout: nn.Module | None = None) -> None:
+        self.plain = _model(seed, dropout)
         self.factors = self._factors(seed)
         self.trained = [f"{layer}.{name}" for layer in ("0", "3") for name in FACTOR_NAMES[side]] + [
             "2.weight",
@@ -94,6 +110,9 @@ class Problem:
     def train_alone(self, client: LocalClient, config: LocalConfig) -> tuple[Tensors, float]:
         """Return a client's tensors and mean loss by a plain loop: deepcopy, its own merge, torch.optim."""
         model, start = copy.deepcopy(self.plain), self.start
+        if isinstance(model.get_submodule("1"), nn.Sequential):
+            model.get_submodule("1").append(_ByHand(derive_seed(client.seed, "dropout")))
+            model.get_submodule("1")[1].eval()
         leaves = {key: tensor.detach().clone().requires_grad_() for key, tensor in start.items()}
         optimizer: torch.optim.Optimizer
         if config.optimizer == "adamw":
@@ -308,6 +327,83 @@ def test_regression_trains_like_classification() -> None:
 
 def test_no_clients_give_no_results() -> None:
     assert Problem(0, [3]).train_clients([], LocalConfig()) == []
+
+
+# ---- dropout ----
+
+
+@settings(max_examples=40)
+@given(
+    config=configs,
+    sizes=sizes_of_clients,
+    side=sides,
+    seed=st.integers(0, 99),
+    chunk_clients=st.integers(0, 3),
+    order=st.randoms(use_true_random=False),
+)
+def test_a_clients_masks_are_the_same_alone_in_any_cohort_chunk_and_order(  # noqa: PLR0913 - what may not matter
+    config: LocalConfig, sizes: list[int], side: str, seed: int, chunk_clients: int, order: random.Random
+) -> None:
+    problem = Problem(seed, sizes, side, nn.Dropout(P))
+    clients = order.sample(problem.clients, len(problem.clients))
+    together = problem.train_clients(clients, config, chunk_clients=chunk_clients)
+    for result, client in zip(together, clients, strict=True):
+        (alone,) = problem.train_clients([client], config)
+        _assert_same(result, replace(alone, position=result.position), TOLERANCES[config.optimizer])
+
+
+@settings(max_examples=25)
+@given(config=configs, sizes=sizes_of_clients, side=sides, seed=st.integers(0, 99))
+def test_a_plain_loop_that_drops_by_hand_gives_the_same(
+    config: LocalConfig, sizes: list[int], side: str, seed: int
+) -> None:
+    problem = Problem(seed, sizes, side, nn.Dropout(P))
+    tolerance = TOLERANCES[config.optimizer]
+    for result, client in zip(problem.train(config), problem.clients, strict=True):
+        tensors, loss = problem.train_alone(client, config)
+        for key, expected in tensors.items():
+            torch.testing.assert_close(result.tensors[key], expected, rtol=tolerance, atol=tolerance)
+        assert result.loss == pytest.approx(loss, rel=1e-10)
+
+
+def test_masks_change_with_the_clients_seed_and_from_step_to_step() -> None:
+    """One row, so that the batches are the same whatever the seed: the masks alone can differ."""
+    problem, config = Problem(0, [1, 1, 1], dropout=nn.Dropout(P)), LocalConfig(steps=1)
+    one = replace(problem.clients[0], seed=1), replace(problem.clients[0], seed=2)
+    first, second = problem.train_clients(one, config)
+    assert not torch.equal(first.tensors["0.lora_b"], second.tensors["0.lora_b"])
+    gradients = []
+    for steps in (1, 2):
+        (result,) = problem.train_clients(one[:1], LocalConfig(lr=1e-9, momentum=0.5, steps=steps))
+        gradients.append(result.moments.tensors["0.lora_b"])
+    assert not torch.allclose(gradients[1], 1.5 * gradients[0], rtol=1e-3)
+
+
+def test_a_dropout_of_nothing_changes_not_one_bit() -> None:
+    config = LocalConfig(lr=0.3, steps=4, batch_size=3)
+    plain, zero = (Problem(6, [6, 9], dropout=own).train(config) for own in (None, nn.Dropout(0.0)))
+    for found, expected in zip(zero, plain, strict=True):
+        assert all(torch.equal(found.tensors[key], tensor) for key, tensor in expected.tensors.items())
+
+
+def test_a_client_is_scored_without_dropout() -> None:
+    problem, config = Problem(6, [6, 9], dropout=nn.Dropout(0.9)), LocalConfig(lr=0.3, steps=4, batch_size=3)
+    everything = np.arange(15)
+    for result in problem.train_clients([replace(c, held_out=everything) for c in problem.clients], config):
+        model = copy.deepcopy(problem.plain).eval()
+        outputs = torch.func.functional_call(model, problem._merged(result.tensors), (problem.examples.inputs,))
+        assert result.num_correct == int((outputs.argmax(1) == problem.examples.targets).sum())
+
+
+def test_gradients_of_single_examples_are_those_of_the_same_masks() -> None:
+    """A bound that binds nobody and whole batches: privacy of examples must then train as if there were none."""
+    problem, config = Problem(6, [6, 9, 4], "ab", nn.Dropout(P)), LocalConfig(lr=0.1, steps=4, batch_size=9)
+    private = replace(problem.trainer(), rules=GradientRules(example_clip=1e6))
+    start = {key: tensor.clone() for key, tensor in problem.start.items()}
+    for result in train_cohort(private, start, problem.clients, config):
+        (plain,) = problem.train_clients([problem.clients[result.position]], config)
+        for key, tensor in plain.tensors.items():
+            torch.testing.assert_close(result.tensors[key], tensor, rtol=1e-12, atol=1e-12)
 
 
 # ---- batches ----

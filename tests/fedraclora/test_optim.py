@@ -144,7 +144,7 @@ def test_carried_moments_continue_where_they_stopped(config: LocalConfig, tolera
     for step in range(3):
         first.live_leaves(1)
         first.step(_named(_gradients(step, 1)))
-    carried = first.moments_of(0, 3)
+    carried = replace(first.moments_of(0, 3), second={})
     assert carried.num_steps == 3
     middle = {key: values[0].clone() for key, values in first.values.items()}
     second = CohortOptimizer(config, middle, [Member(carried), Member()])
@@ -180,6 +180,59 @@ def _adamw_with_new_second_moments(
             mean = state["exp_avg"] / (1 - 0.9 ** (step + 1))
             spread = (state["exp_avg_sq"] / (1 - 0.999 ** (step - 2))).sqrt()
             leaf.sub_(config.lr * config.weight_decay * leaf + config.lr * mean / (spread + 1e-8))
+
+
+@settings(max_examples=30)
+@given(config=configs, rounds=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_moments_that_are_kept_whole_make_rounds_one_training_of_torch_optim(
+    config: LocalConfig, rounds: list[int]
+) -> None:
+    """Beside it trains a client that starts anew in each round, and each is as if alone."""
+    config = replace(config, proximal=0.0)
+    moments: Moments | None = None
+    value, done = _start(), 0
+    for steps in rounds:
+        optimizer = CohortOptimizer(config, _start(), [Member(moments, own=value), Member()])
+        for step in range(steps):
+            optimizer.live_leaves(2)
+            kept, new = _gradients(done + step, 1), _gradients(step, 2)
+            optimizer.step(_named([torch.stack([a[0], b[1]]) for a, b in zip(kept, new, strict=True)]))
+        for key, expected in _train_alone(config, 1, steps).items():
+            torch.testing.assert_close(optimizer.values[key][1], expected, rtol=1e-12, atol=1e-12)
+        moments, done = optimizer.moments_of(0, steps), done + steps
+        value = {key: values[0].clone() for key, values in optimizer.values.items()}
+    for key, expected in _train_alone(config, 0, done).items():
+        torch.testing.assert_close(value[key], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_client_whose_second_moments_start_anew_does_so_beside_one_that_keeps_its_own() -> None:
+    config = LocalConfig(optimizer="adamw", lr=0.1)
+    first = {key: _numbers(7, *shape) for key, shape in SHAPES.items()}
+    anew = Member(Moments(first, 11))
+    kept = Member(Moments(first, 11, {key: tensor.square() for key, tensor in first.items()}))
+    beside, alone = CohortOptimizer(config, _start(), [kept, anew]), CohortOptimizer(config, _start(), [anew, anew])
+    for optimizer in (beside, alone):
+        for step in range(2):
+            optimizer.live_leaves(2)
+            optimizer.step(_named(_gradients(step, 2)))
+    for key, expected in alone.values.items():
+        torch.testing.assert_close(beside.values[key][1], expected[1], rtol=1e-12, atol=1e-12)
+
+
+def test_many_kept_steps_correct_a_bias_in_float32_as_in_float64() -> None:
+    """The first steps' share of the second moments is a small difference to 1."""
+    config, gradients = LocalConfig(optimizer="adamw", lr=0.1), _gradients(0, 1)
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        second = {key: gradient[0].square().to(dtype) * 1e-3 for key, gradient in _named(gradients).items()}
+        first = {key: gradient[0].to(dtype) * 0.1 for key, gradient in _named(gradients).items()}
+        start = {key: tensor.to(dtype) for key, tensor in _start().items()}
+        optimizer = CohortOptimizer(config, start, [Member(Moments(first, 1, second))])
+        optimizer.live_leaves(1)
+        optimizer.step({key: gradient.to(dtype) for key, gradient in _named(gradients).items()})
+        found[dtype] = {key: (values[0] - start[key]).double() for key, values in optimizer.values.items()}
+    for key, expected in found[torch.float64].items():
+        torch.testing.assert_close(found[torch.float32][key], expected, rtol=0, atol=3e-7)
 
 
 def test_a_client_without_moments_starts_at_zero_beside_one_that_carries_some() -> None:

@@ -112,6 +112,7 @@ def test_a_weight_trained_in_full_may_be_sent_as_the_factor_beside_the_drawn_one
     [
         (PLAN, False),
         (RoundPlan(1, Training({"fc1": "b"}, moments="carry")), True),
+        (RoundPlan(1, Training({"fc1": "b"}, moments="keep")), True),
         (RoundPlan(1, Training({"fc1": "ab"}, private=("fc1.lora_b",))), True),
         (RoundPlan(1, Training({"fc1": "b"}), sending=Sending(codec="x", feedback="ef")), True),
         (RoundPlan(1, Training({"fc1": "b"}), sending=Sending(variates=True)), True),
@@ -122,9 +123,14 @@ def test_a_client_keeps_state_only_where_the_plan_counts_on_it(plan: RoundPlan, 
     assert plan.keeps_state == keeps
 
 
+def test_second_moments_go_on_under_keep_alone() -> None:
+    found = [mode for mode in MOMENTS if Training({"fc1": "b"}, moments=mode).keeps_second_moments]
+    assert found == ["keep"]
+
+
 def test_plans_that_nobody_can_carry_out_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"moments='keep' is unknown; valid: reset, carry, transport"):
-        Training({"fc1": "b"}, moments="keep")
+    with pytest.raises(ValueError, match=r"moments='kept' is unknown; valid: reset, carry, transport, keep"):
+        Training({"fc1": "b"}, moments="kept")
     with pytest.raises(ValueError, match=r"found \{'fc1': 'ba'\}"):
         Training({"fc1": "ba", "fc2": "b"})
     with pytest.raises(ValueError, match="found nothing"):

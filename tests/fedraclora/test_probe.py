@@ -136,6 +136,55 @@ def test_dropout_inside_attention_is_refused_and_attention_without_it_is_not() -
     _check(_Attends(0.0), TOKEN_ROWS, targets=["fc1"])
 
 
+class _DropsTokens(nn.Module):
+    """Drops while the sequence is the first axis; its layers see the batch first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.fc1 = nn.Dropout(0.5), nn.Linear(WIDTH, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.fc1(self.drop(x.transpose(0, 1)).transpose(0, 1).mean(1))
+        return outputs
+
+
+class _HidesPooling(_PoolsOverBatch):
+    """Mixes the rows of the batch, and drops all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.drop(super().forward(x))
+        return outputs
+
+
+class _FunctionalDropout(_PoolsOverBatch):
+    """Draws from the global generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.fc1(x), 0.5)
+
+
+def test_dropout_layers_are_accepted() -> None:
+    config = mlp.Config(hidden=[6, 6], dropout=0.5)
+    _check(mlp.build(config, input_shape=(WIDTH,), num_outputs=OUTPUTS), FLAT_ROWS)
+
+
+def test_dropout_over_another_axis_than_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=MIXES):
+        _check(_DropsTokens(), TOKEN_ROWS[:, :4])
+    with pytest.raises(ValueError, match="first axis must be the batch"):
+        _check(_DropsTokens(), TOKEN_ROWS)
+
+
+@pytest.mark.parametrize("model", [_HidesPooling, _FunctionalDropout])
+def test_dropout_hides_nothing_and_must_be_a_layer(model: type[nn.Module]) -> None:
+    with pytest.raises(ValueError, match=MIXES):
+        _check(model(), FLAT_ROWS)
+
+
 @pytest.mark.parametrize("dense", [[], ["*.bias"]], ids=["low-rank", "with-dense"])
 def test_plain_models_are_accepted(dense: list[str]) -> None:
     _check(mlp.build(mlp.Config(hidden=[6]), input_shape=(WIDTH,), num_outputs=OUTPUTS), FLAT_ROWS, dense=dense)

@@ -84,7 +84,7 @@ def test_transport_into_the_whole_space_keeps_the_direction_in_weight_space() ->
     torch.testing.assert_close(direction, moment @ torch.from_numpy(_drawn(old, "b")), rtol=1e-9, atol=1e-9)
 
 
-MODES = ("drop", "carry", "transport")
+MODES = ("drop", "carry", "transport", "keep")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -93,10 +93,11 @@ def test_in_the_same_basis_nothing_changes_and_nothing_is_lost(mode: str) -> Non
     assert rebase(remembered, _link(3, "b"), _link(3, "b"), mode=mode) == (remembered, 0.0)
 
 
-def test_carry_leaves_tensors_as_they_are_and_drop_leaves_zeros() -> None:
+def test_carry_and_keep_leave_tensors_as_they_are_and_drop_leaves_zeros() -> None:
     remembered = {"fc1.lora_b": _numbers(0, OUT, 2)}
-    carried, _ = rebase(remembered, _link(3, "b"), _link(4, "b"), mode="carry")
-    assert torch.equal(carried["fc1.lora_b"], remembered["fc1.lora_b"])
+    for mode in ("carry", "keep"):
+        carried, _ = rebase(remembered, _link(3, "b"), _link(4, "b"), mode=mode)
+        assert torch.equal(carried["fc1.lora_b"], remembered["fc1.lora_b"])
     dropped, lost = rebase(remembered, _link(3, "b"), _link(4, "b"), mode="drop")
     assert not dropped["fc1.lora_b"].any()
     assert lost == pytest.approx(1.0)

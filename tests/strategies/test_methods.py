@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedraclora.link import Dense, Link, LowRank, Private, Set, Stack, Zero
 from fedraclora.narrowing import narrow
+from fedraclora.plan import MOMENTS
 from fedraclora.plugins import names
 from fedraclora.sketch import SketchKey, draw
 from fedraclora.targets import MatrixShape
@@ -939,6 +940,20 @@ def test_sketched_full_merges_the_projection_of_the_mean_update_on_the_drawn_fac
     assert_equal({layer: flat(found[f"{layer}.weight"]) for layer in expected}, expected, 1e-10)
 
 
+# ---- the optimiser's state between rounds
+
+KEEPING = ("rac_lora", "fed_it", "chain_of_lora", "ffa_lora", "full")
+
+
+@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize("mode", MOMENTS)
+def test_the_rule_on_moments_is_what_the_clients_are_told_and_reset_where_none_is_named(name, mode):
+    drawn = problem()
+    for own, expected in (({"moments": mode}, mode), ({}, "reset")):
+        method = build((name, own), drawn.adapter)
+        assert method.trains(1, opened(drawn, method)).moments == expected
+
+
 # ---- settings that make no sense
 
 REFUSED: Sequence[tuple[str, dict, str]] = [
@@ -949,6 +964,7 @@ REFUSED: Sequence[tuple[str, dict, str]] = [
     ("rac_lora", {"rounds_per_link": 2, "shared": False}, r"found method.rounds_per_link=2, set it to 1"),
     ("rac_lora", {"contributors": "rows", "shared": False}, r"set it to 'all'"),
     ("ffa_lora", {"shared": False}, r"sketch.shared=false is not for it"),
+    *((name, {"moments": "kep"}, "did you mean 'keep'") for name in KEEPING),
     ("chain_of_lora", {"rounds_per_link": -1}, r"rounds_per_link=-1 must not be negative"),
     ("fedex_lora", {"residual": "denze"}, r"did you mean 'dense'"),
     ("fedex_lora", {"residual_rank": 0}, r"residual_rank=0 must be at least 1"),

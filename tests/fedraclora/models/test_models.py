@@ -151,3 +151,21 @@ def test_a_plugin_that_builds_no_module_is_refused():
     module.build = lambda config, *, input_shape, num_outputs: "model"
     with pytest.raises(TypeError, match=r"strange.build returned str"):
         initial_model(module, None, input_shape=images().input_shape, num_outputs=images().num_outputs, seed=0)
+
+
+def test_dropout_changes_neither_names_nor_weights_and_lies_after_each_hidden_layer():
+    plain, dropping = build("mlp", hidden=[5, 6]), build("mlp", hidden=[5, 6], dropout=0.25)
+    assert bits(plain) == bits(dropping)
+    assert not any(isinstance(module, nn.Dropout) for module in plain.modules())
+    kinds = [type(module) for module in dropping]
+    hidden = [nn.Linear, nn.ReLU, nn.Dropout]
+    assert kinds == [nn.Flatten, *hidden, *hidden, nn.Linear]
+    assert {module.p for module in dropping if isinstance(module, nn.Dropout)} == {0.25}
+    inputs = torch.rand(5, 1, 8, 8)
+    assert torch.equal(dropping.eval()(inputs), plain(inputs))
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
+def test_a_dropout_that_is_no_probability_is_refused(dropout):
+    with pytest.raises(ValueError, match=r"model\.dropout=.* must lie in \[0, 1\)"):
+        build("mlp", dropout=dropout)

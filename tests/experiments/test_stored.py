@@ -1,0 +1,70 @@
+"""A stored comparison says what its runs said, in small files without a machine's paths."""
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from experiments.results import load_runs
+from experiments.run import run
+from experiments.stored import ABOUT, LEDGER, ROUNDS, is_stored, load_stored, store
+from experiments.tables import comparison_table
+from tests.helpers import Silent, settings
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    places = []
+    for method in ("rac_lora", "full"):
+        for seed in (0, 1):
+            places.append(folder / method / str(seed))
+            run(settings(method=method, seed=seed, out=str(places[-1]), target_accuracies=[0.2]), Silent())
+    return load_runs(places)
+
+
+def test_what_is_read_back_makes_the_same_tables(runs, tmp_path):
+    store(runs, tmp_path / "kept")
+    again = load_stored([tmp_path / "kept"])
+    assert again.methods == runs.methods
+    assert again.summaries == runs.summaries
+    tables = [comparison_table(each, targets=[0.2], budget_mib=None) for each in (runs, again)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-5)
+    pd.testing.assert_frame_equal(
+        again.ledger.reset_index(drop=True), runs.ledger.reset_index(drop=True), check_dtype=False
+    )
+    whole = ["round", "cum_total_bytes", "uplink_bytes"]
+    assert again.rounds[whole].to_numpy().tolist() == runs.rounds[whole].to_numpy().tolist()
+
+
+def test_settings_are_those_of_the_runs_but_for_places(runs, tmp_path):
+    moved = [each | {"dataset.path": "/home/me/mnist.npz", "start_from": "/x/y/seed_3"} for each in runs.settings]
+    store(replace(runs, settings=moved), tmp_path)
+    for before, after in zip(moved, load_stored([tmp_path]).settings, strict=True):
+        assert after["dataset.path"] == "mnist.npz"
+        assert after["start_from"] == "seed_3"
+        others = before.keys() - {"out", "resume", "dataset.path", "start_from"}
+        assert {key: after[key] for key in others} == {key: before[key] for key in others}
+        assert "out" not in after
+    assert "/home" not in (tmp_path / ABOUT).read_text()
+
+
+def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
+    for name in ("a", "b"):
+        store(runs, tmp_path / name)
+    for file in (ROUNDS, LEDGER, ABOUT):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_several_stored_comparisons_are_read_as_one(runs, tmp_path):
+    store(runs, tmp_path / "a")
+    assert len(load_stored([tmp_path / "a", tmp_path / "a"]).summaries) == 8
+
+
+def test_a_folder_without_one_is_named(tmp_path):
+    assert not is_stored(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no stored comparison"):
+        load_stored([tmp_path])
+    (tmp_path / ABOUT).write_text(json.dumps({}))
+    assert is_stored(tmp_path)
