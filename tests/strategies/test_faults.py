@@ -17,7 +17,7 @@ from fedraclora import sketch
 from fedraclora.chain import Chain
 from fedraclora.chain_store import ChainStore
 from strategies.base import ChainStrategy
-from strategies.state import ServerState
+from strategies.state import Budget, ServerState
 from tests.helpers import (
     METHODS,
     ProcessDied,
@@ -347,3 +347,21 @@ def test_with_nobody_left_the_run_ends_with_a_reason(tmp_path, problem):
     with pytest.raises(RuntimeError, match="no client"):
         next(rounds)
     assert parts.chain.version == 1
+
+
+def test_only_a_forced_catch_up_may_exceed_the_budget_and_it_is_shown(tmp_path, problem):
+    planned = [report.traffic.total_bytes for report in federation(CHOSEN, problem=problem).run()]
+    limit = sum(planned[: WHEN + 1])
+    limited = replace(problem, rounds=replace(problem.rounds, budget=Budget(total_bytes=limit)))
+    assert federation(CHOSEN, problem=limited).run()[-1].round == WHEN
+
+    lost_disk = nodes_grid(tmp_path, once(lose_the_disk))
+    parts = federation(CHOSEN, grid=lost_disk, problem=limited)
+    reports = parts.run()
+    assert (reports[-1].round, counts(reports[-1])) == (WHEN, (4, 0, 0, 1))
+    excess = sum(report.traffic.total_bytes for report in reports) - limit
+    # What was sent in vain, and the links or the snapshot that came after it.
+    second = [row for row in reports[-1].rows if row.partition == WHO and row.direction == "down"]
+    assert 0 < excess < sum(row.tensor_bytes for row in second)
+    assert reports[-1].traffic.catchup_bytes > 0
+    assert "budget_mib" in parts.strategy.stop_reason
