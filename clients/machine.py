@@ -128,7 +128,7 @@ def open_replica(folder: Path, setup: Setup, node: Node) -> Replica:
     model = setup.initial_model()
     chain = Chain.start(base_weights(model))
     if chain.hash != setup.base:
-        # Its server has to send everything, once.
+        # Another PyTorch draws other weights, and a run may start from given ones: the server sends everything, once.
         chain.num_links, chain.hash = -1, ""
     memory = Memory(setup.chunk_bytes, setup.chunk_clients)
     store = ClientStore(folder / "clients")

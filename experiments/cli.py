@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments.compare import compare
 from experiments.credentials import write_credentials
 from experiments.doctor import examine
-from experiments.groups import CONF, allow_new_keys, check_overrides, default_plugins, register
+from experiments.groups import CONF, allow_new_keys, check_overrides, default_plugins, names_preset, register
 from experiments.progress import Display, beside, start_logging
 from experiments.replay import replay
 from experiments.report import main_report
@@ -29,6 +29,8 @@ fedraclora: what accuracy does a byte buy? Federated RAC-LoRA and its rivals, ev
 
   fedraclora run [KEY=VALUE ...]          train one method; results in runs/run/<date_time> or out=PATH
   fedraclora compare [KEY=VALUE ...]      methods x seeds on the same data: a table and report.html
+  fedraclora run experiment=PRESET [KEY=VALUE ...]
+                                          the same as compare experiment=PRESET: a preset is a comparison
   fedraclora report RUN... [out=PATH]     report.html from finished runs
   fedraclora replay RUN [export=PATH] [version=N]
                                           rebuild the model from its log and verify its digest
@@ -40,6 +42,7 @@ Examples:
   fedraclora run method=rac_lora dataset=mnist_5k model=mlp rounds=20 num_clients=50 fraction=0.2 rank=8
   fedraclora compare "methods=[rac_lora,ffa_lora,fed_it,full]" seeds=3 budget_mib=50
   fedraclora compare experiment=demo
+  fedraclora run experiment=paper/mnist dataset.path=mnist.npz
 
 `fedraclora run --help` and `fedraclora compare --help` list every setting; --cfg job prints them as they
 would be used, -m sweeps over a=1,2,3, and resume=true continues what was interrupted.
@@ -78,6 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], console: Console) -> None:
+    if names_preset(arguments):
+        # A preset is a comparison.
+        _compare(arguments, console)
+        return
+
     def job(settings: Settings) -> None:
         with Display(console, logs_rounds=True) as display:
             display.start_run(f"{settings.method.name} on {settings.dataset.name}")

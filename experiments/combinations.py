@@ -1,7 +1,9 @@
 """Which settings go together: refused before any training starts, with the reason and what would be right."""
 
 from collections.abc import Iterator
+from math import inf
 
+from experiments.devices import NO_DEVICES, load_devices
 from experiments.settings import Settings
 from fedraclora.codec import codec_of
 from strategies.method import Method
@@ -10,7 +12,12 @@ from strategies.rounds import RoundSettings
 
 def check_combination(settings: Settings, method: Method, rounds: RoundSettings) -> None:
     """Raise ValueError for settings that the method, or one another, do not go with."""
-    for reason in (*_of_method(settings, method, rounds), *_of_sending(settings, rounds), *_of_privacy(settings)):
+    for reason in (
+        *_of_method(settings, method, rounds),
+        *_of_sending(settings, rounds),
+        *_of_privacy(settings),
+        *_of_time(settings),
+    ):
         raise ValueError(reason)
 
 
@@ -67,3 +74,19 @@ def _of_privacy(settings: Settings) -> Iterator[str]:
         yield "privacy.* goes without personal_fraction: the clients' scores are not private"
     if level == "client" and settings.client_ranks is not None and settings.alpha is not None:
         yield "privacy.level=client with client_ranks needs one scale for all clients: leave alpha out"
+
+
+def _of_time(settings: Settings) -> Iterator[str]:
+    if settings.devices == NO_DEVICES:
+        if settings.deadline_s:
+            yield f"deadline_s={settings.deadline_s} is simulated time: name devices, too; the real limit is timeout_s"
+        return
+    if settings.runtime.name != "in_process":
+        yield (
+            f"devices={settings.devices} goes with runtime=in_process alone: in runtime={settings.runtime.name} time "
+            "passes and is not simulated"
+        )
+    if not 0 <= settings.deadline_s < inf:
+        yield f"deadline_s={settings.deadline_s} must be finite, and at least 0 (no deadline)"
+    # Raises ValueError itself.
+    load_devices(settings.devices, settings.num_clients, settings.seed)

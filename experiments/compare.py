@@ -2,7 +2,8 @@
 
 Each run is an ordinary run in a folder of its own, so a comparison can be interrupted and resumed like one. Where
 asked, each method's learning rate is tuned first: on examples held out from training, with other seeds, over a grid
-that grows until its best value lies inside it.
+that grows until its best value lies inside it. Where asked, a model is trained first, once a seed, and every run of
+that seed, those for tuning included, starts from it.
 """
 
 import logging
@@ -16,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from experiments.folders import check_same_run, find_folder
@@ -29,6 +31,7 @@ from experiments.run import run
 from experiments.settings import CompareSettings, Settings, name_of
 from experiments.tables import comparison_table, render_table
 from fedraclora.files import read_json, write_atomically, write_json
+from fedraclora.finished import check_weights_fit
 from fedraclora.plugins import nearest
 from strategies.state import BudgetTooSmall
 
@@ -36,6 +39,10 @@ log = logging.getLogger("fedraclora")
 
 # Far from the seeds of any comparison, so that tuning and comparing share no split, weights or cohorts.
 TUNING_SEED = 1_000_000
+# Folders of a comparison that are none of a method.
+PRETRAIN, TUNING = "pretrain", "tuning"
+# Of these, the comparison's own value is for the compared runs alone.
+NOT_PRETRAINED = {"budget_mib": None, "uplink_mib": None, "per_client_mib": None, "verify": False}
 Score = Callable[[float], float]
 
 
@@ -64,9 +71,10 @@ def compare(settings: CompareSettings, console: Console) -> Path:
     seeds = range(settings.seed, settings.seed + settings.seeds)
     finished: list[Path] = []
     with Display(console, logs_rounds=False) as display:
+        _pretrain_all(settings, folder, display)
         rates = _tune_all(settings, folder, display)
         for seed, method in product(seeds, settings.methods):
-            one = _one(settings, folder, method, seed, rates.get(method))
+            one = one_run(_started(settings, folder, seed), folder, method, seed, rates.get(method))
             if method not in refused and (path := _run_one(one, display, refused)) is not None:
                 finished.append(path)
     write_json(folder / "refused.json", refused)
@@ -75,68 +83,110 @@ def compare(settings: CompareSettings, console: Console) -> Path:
 
 
 def _check(settings: CompareSettings) -> None:
+    """Raise ValueError for anything that cannot be run."""
+    _check_names(settings)
+    for method in settings.methods:
+        _grid(settings, method)
+    _check_models(settings)
+    # The methods share the splits, so one method shows whether every seed has a split that works.
+    for seed in range(settings.seed + 1, settings.seed + settings.seeds):
+        prepare(one_run(settings, Path(), settings.methods[0], seed, None))
+    if settings.tune is not None:
+        for seed in _tuning_seeds(settings):
+            prepare(_tuning(one_run(settings, Path(), settings.methods[0], seed, None)))
+    for seed in set(_pretrained_seeds(settings)) - {settings.seed}:
+        prepare(_pretraining(settings, Path(), seed))
+
+
+def _check_names(settings: CompareSettings) -> None:
     if not settings.methods or len(set(settings.methods)) != len(settings.methods) or settings.seeds < 1:
         raise ValueError(
             f"methods={settings.methods} must name methods, each once, and seeds={settings.seeds} be positive"
         )
     if settings.label is not None and len(settings.methods) > 1:
         raise ValueError(f"label={settings.label!r} would give all methods one name; name them with variants")
-    plugins = {str(_one(settings, Path(), method, settings.seed, None).method.name) for method in settings.methods}
+    plugins = {str(one_run(settings, Path(), method, settings.seed, None).method.name) for method in settings.methods}
     extra = set(settings.method_settings) - set(settings.methods) - plugins
     if extra:
         raise ValueError(f"method_settings names {sorted(extra)}, which are not among methods={settings.methods}")
     unused = set(settings.variants) - set(settings.methods)
     if unused:
         raise ValueError(f"variants names {sorted(unused)}, which are not among methods={settings.methods}")
+    taken = {PRETRAIN: settings.pretrain, TUNING: settings.tune is not None}
+    wrong = [name for name in settings.methods if taken.get(name)]
+    if wrong:
+        raise ValueError(f"a variant is called {wrong[0]!r}, which is the name of a folder of its own; rename it")
+
+
+def _check_models(settings: CompareSettings) -> None:
+    """Prepare every method, and see that its model can start from the one trained first, if any."""
+    first = prepare(_pretraining(settings, Path(), settings.seed)).model if settings.pretrain else None
     for method in settings.methods:
-        _grid(settings, method)
-        prepare(_one(settings, Path(), method, settings.seed, None))
-    # The methods share the splits, so one method shows whether every seed has a split that works.
-    for seed in range(settings.seed + 1, settings.seed + settings.seeds):
-        prepare(_one(settings, Path(), settings.methods[0], seed, None))
-    if settings.tune is not None:
-        for seed in _tuning_seeds(settings):
-            prepare(_tuning(_one(settings, Path(), settings.methods[0], seed, None)))
+        model = prepare(one_run(settings, Path(), method, settings.seed, None)).model
+        if first is not None and "start_from" not in settings.variants.get(method, {}):
+            check_weights_fit(model, first.state_dict(), f"{PRETRAIN} for {method}")
 
 
-def _one(settings: CompareSettings, folder: Path, method: str, seed: int, lr: float | None) -> Settings:
+def one_run(settings: CompareSettings, folder: Path, method: str, seed: int, lr: float | None) -> Settings:
     """Return the settings of one run of the comparison; `method` may be a variant."""
-    changes = dict(settings.variants.get(method, {}))
+    one = _varied(settings, method, settings.variants.get(method, {}), lr)
+    label = method if method in settings.variants else settings.label
+    return replace(one, out=str(folder / method / f"seed_{seed}"), seed=seed, label=label)
+
+
+def _varied(settings: CompareSettings, method: str, changes: Mapping[str, Any], lr: float | None) -> Settings:
+    """Return the settings of a run that differ from the comparison's in `changes`, with that learning rate if any."""
+    changes = dict(changes)
     plugin = changes.pop("method", method)
+    if isinstance(plugin, Mapping) and "name" not in plugin:
+        raise ValueError(f"{method} has method={dict(plugin)}, which names none; add name: METHOD")
     name, given = (plugin["name"], plugin) if isinstance(plugin, Mapping) else (plugin, {})
     # What is said of the method in this comparison, in the variant, and of the variant, the last word last.
     own = {**settings.method_settings.get(name, {}), **given, **settings.method_settings.get(method, {})}
     own.pop("name", None)
     shared = {item.name: deepcopy(getattr(settings, item.name)) for item in fields(Settings)}
-    place = {"name": settings.name, "out": str(folder / method / f"seed_{seed}"), "resume": True}
-    label = method if method in settings.variants else settings.label
-    known = {**shared, **place, "method": configure("method", name, own), "seed": seed, "label": label}
+    known = {**shared, "resume": True, "method": configure("method", name, own)}
     changed = {key: _changed(key, value, known) for key, value in changes.items()}
     return Settings(**{**known, **changed, "lr": changed.get("lr", settings.lr) if lr is None else lr})
 
 
 def _changed(key: str, value: Any, known: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """Return a variant's value for a setting: a plug-in by name, some of a group's settings, or the value itself."""
+    """Return a variant's value for a setting: a plug-in by name, some of a group's settings, or the value itself.
+
+    What it does not say of a plug-in that the comparison has, too, is as there: `dataset.path` is said once.
+    """
     if key not in known:
         raise ValueError(f"a variant sets {key!r}, which is no setting; {nearest(key, known)}")
     if key in GROUPS:
-        name, given = (value["name"], dict(value)) if isinstance(value, Mapping) else (value, {})
-        given.pop("name", None)
-        return configure(key, str(name), given)
+        given = dict(value) if isinstance(value, Mapping) else {"name": str(value)}
+        name = str(given.pop("name", known[key].name))
+        ours = plain_values(known[key]) if name == known[key].name else {}
+        return configure(key, name, {item: own for item, own in {**ours, **given}.items() if item != "name"})
     if is_dataclass(known[key]) and isinstance(value, Mapping):
         names = [item.name for item in fields(known[key])]
         for name in value:
             if name not in names:
                 raise ValueError(f"a variant sets {key}.{name}, which is no setting; {nearest(str(name), names)}")
-        return replace(known[key], **value)
-    return value
+        return replace(known[key], **_typed(key, plain_values(known[key]) | dict(value)))
+    return _typed(key, value)
+
+
+def _typed(key: str, value: Any) -> Any:  # noqa: ANN401
+    """Return a setting's value in the type of the setting. Raises ValueError for one of another type."""
+    try:
+        typed = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Settings), {key: value}))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"a variant sets {key}={value!r}: {error}") from error
+    assert isinstance(typed, dict)
+    return typed[key]
 
 
 def _run_one(settings: Settings, display: Display, refused: dict[str, str]) -> Path | None:
     """Run one part of a comparison, unless it is done; return its folder, or None where no round is affordable."""
     assert settings.out is not None
     folder, method = Path(settings.out), name_of(settings)
-    purpose = f" tuning lr {settings.lr:g}" if settings.eval_split == "validation" else ""
+    is_tuning = settings.eval_split == "validation" and settings.lr is not None
+    purpose = f" tuning lr {settings.lr:g}" if is_tuning and method != PRETRAIN else ""
     display.start_run(f"{method} seed {settings.seed}{purpose}")
     if is_done(folder, settings.rounds):
         check_same_run(folder, settings)
@@ -176,6 +226,55 @@ def _report(
     for method, reason in refused.items():
         console.print(f"{method}: {reason}")
     console.print(f"report: {folder / 'report.html'}")
+
+
+# ---- a model for all to start from
+
+
+def _started(settings: CompareSettings, folder: Path, seed: int) -> CompareSettings:
+    """Return the settings with the place of the seed's pretrained model, where there is one, as what runs start from.
+
+    The path is a full one: a server may run elsewhere.
+    """
+    if not settings.pretrain:
+        return settings
+    return replace(settings, start_from=str((folder / PRETRAIN / f"seed_{seed}").resolve()))
+
+
+def _pretraining(settings: CompareSettings, folder: Path, seed: int) -> Settings:
+    """Return the settings of the run that trains the seed's model.
+
+    It has no limit on bytes unless it sets one: they are for what is compared.
+    """
+    changes = {**NOT_PRETRAINED, **settings.pretrain}
+    fixed = sorted(changes.keys() & {"seed", "label", "out", "name", "resume"})
+    if fixed:
+        raise ValueError(f"pretrain sets {fixed}, which a comparison sets for every run of its own; leave them out")
+    if "method" not in changes:
+        raise ValueError(f"pretrain={settings.pretrain} names no method; add method: full, say")
+    one = _varied(settings, PRETRAIN, changes, None)
+    one = replace(one, out=str(folder / PRETRAIN / f"seed_{seed}"), seed=seed, label=PRETRAIN)
+    # What tuning holds out must not be in the model either.
+    return _tuning(one) if seed in _tuning_seeds(settings) else one
+
+
+def _pretrained_seeds(settings: CompareSettings) -> list[int]:
+    """Return the seeds for which a model is trained first."""
+    if not settings.pretrain:
+        return []
+    tuning = [] if settings.tune is None else _tuning_seeds(settings)
+    return [*tuning, *range(settings.seed, settings.seed + settings.seeds)]
+
+
+def _pretrain_all(settings: CompareSettings, folder: Path, display: Display) -> None:
+    """Train the models that the runs start from. Raises Diverged where one of them is not to be had."""
+    for seed in _pretrained_seeds(settings):
+        one, refused = _pretraining(settings, folder, seed), dict[str, str]()
+        path = _run_one(one, display, refused)
+        if path is None:
+            raise BudgetTooSmall(f"{PRETRAIN} cannot be trained: {refused[PRETRAIN]}")
+        if read_json(path / "summary.json")["status"] == DIVERGED:
+            raise Diverged(f"{PRETRAIN} diverged, see {path}; no run can start from it: try a smaller pretrain.lr")
 
 
 # ---- tuning
@@ -278,7 +377,7 @@ def _tuning(one: Settings) -> Settings:
 
 def _score_one(settings: CompareSettings, folder: Path, display: Display, which: tuple[str, int, float]) -> float:
     method, seed, lr = which
-    one = _tuning(_one(settings, folder / "tuning" / f"lr_{lr:g}", method, seed, lr))
+    one = _tuning(one_run(_started(settings, folder, seed), folder / TUNING / f"lr_{lr:g}", method, seed, lr))
     one = replace(one, rounds=settings.tune_rounds or settings.rounds)
     path = _run_one(one, display, {})
     if path is None:

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from experiments.labels import HEIGHT_IN, MARGIN_IN, LineEnd, label_ends
+from experiments.needs import TIME, TIME_UNITS, has_cost, time_unit
 from experiments.results import Runs
 from experiments.scales import label_log_scale, scale_metric
 from experiments.styles import FOREGROUND, PALETTE, WIDTH_IN, MethodStyle, drawing_style, run_styles
@@ -43,6 +44,20 @@ TOTAL = Axis("cum_total_bytes", MIB, "uplink and downlink of all clients, MiB", 
 ROUND = Axis("round", 1, "round", False)
 
 
+def time_axis(runs: Runs) -> Axis | None:
+    """Return the axis of simulated time in a unit that suits the longest run, or None where no time is simulated."""
+    ends = [float(rows[TIME.column].max()) for method in timed(runs) for rows in runs.evaluated(method)]
+    if not ends:
+        return None
+    unit = time_unit(max(ends))
+    return Axis(TIME.column, TIME_UNITS[unit], f"simulated time, {unit}", True)
+
+
+def timed(runs: Runs) -> list[str]:
+    """Return the methods whose runs simulate time."""
+    return [method for method in runs.methods if has_cost(runs, method, TIME)]
+
+
 @dataclass(frozen=True)
 class Curve:
     """One seed's step function: `y[i]` holds from `x[i]` up to the next one."""
@@ -59,9 +74,11 @@ class Curve:
 def curve_figure(runs: Runs, axis: Axis, guides: Guides, *, front: Collection[str]) -> Figure:
     """Return the metric of all methods against `axis`: the median over seeds, the range as a band, each seed thin.
 
-    Of more methods than there are colours those on the `front` stand out, and the others are a thin median.
+    Of more methods than there are colours those on the `front` stand out, and the others are a thin median. On the axis
+    of time are the methods that have it.
     """
-    curves = {method: _curves(runs, method, axis, runs.metric) for method in runs.methods}
+    methods = timed(runs) if axis.column == TIME.column else runs.methods
+    curves = {method: _curves(runs, method, axis, runs.metric) for method in methods}
     with drawing_style():
         figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), layout="constrained")
         axes = figure.add_subplot()

@@ -1,5 +1,6 @@
 """The folder that a run writes to, and whether it may go on there."""
 
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,26 @@ def check_same_run(folder: Path, settings: Settings) -> None:
     assert isinstance(after, dict)
     # A deployment may have moved: its addresses decide nothing.
     before["runtime"], after["runtime"] = _name_of(before.get("runtime")), _name_of(after["runtime"])
+    if _is_same_start(before, after):
+        before["start_from"] = after["start_from"]
     for key in sorted((before.keys() | after.keys()) - MAY_CHANGE, key=str):
         if before.get(key) != after.get(key):
             raise ValueError(
                 f"resume=true, but {key} was {before.get(key)} in {folder} and is {after.get(key)} now; "
                 "give the same settings, or start a new run in another folder"
             )
+
+
+def _is_same_start(before: dict[Any, Any], after: dict[Any, Any]) -> bool:
+    """Return whether two runs start from the same path, or from one that moved together with the run's folder."""
+    starts, outs = [[run.get(key) for run in (before, after)] for key in ("start_from", "out")]
+    if None in starts:
+        return False
+    full = [Path(str(start)).resolve() for start in starts]
+    if full[0] == full[1] or None in outs:
+        return full[0] == full[1]
+    from_out = [os.path.relpath(start, Path(str(out)).resolve()) for start, out in zip(full, outs, strict=True)]
+    return from_out[0] == from_out[1]
 
 
 def _name_of(runtime: Any) -> Any:  # noqa: ANN401

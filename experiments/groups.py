@@ -77,17 +77,28 @@ def check_overrides(overrides: Iterable[str], settings: type, defaults: Mapping[
     plain = [item.lstrip("+~") for item in overrides if "=" in item and not item.startswith(("hydra", "-"))]
     pairs = [(key, value) for key, _, value in (item.partition("=") for item in plain)]
     chosen = {key: value for key, value in pairs if key in GROUPS}
-    presets = [value for key, value in pairs if key == "experiment"]
+    presets = [name for key, value in pairs if key == "experiment" for name in value.split(",")]
     for key, value in chosen.items():
         for name in value.split(","):
             find(GROUPS[key], name)
+    valid = preset_names()
     for preset in presets:
-        valid = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
         if preset not in valid:
             raise ValueError(f"no preset {preset!r}; {nearest(preset, valid)}")
     for key, _ in pairs:
         # A preset may choose other plug-ins, whose keys only Hydra will know.
         _check_key(key, settings, chosen if presets else {**defaults, **chosen})
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets, those in folders with their folder: `demo`, `paper/mnist`."""
+    folder = CONF / "experiment"
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def names_preset(overrides: Iterable[str]) -> bool:
+    """Return whether the overrides choose a preset."""
+    return any(item.lstrip("+").startswith("experiment=") for item in overrides)
 
 
 def allow_new_keys(overrides: Iterable[str], settings: type) -> list[str]:

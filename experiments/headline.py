@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from experiments.tables import format_metric, format_number, format_target, metric_of, targets_of
+from experiments.formats import format_metric, format_number, format_target, metric_of, targets_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from experiments.tables import NUM_REACHED, metric_of, targets_of
+from experiments.columns import NUM_REACHED
+from experiments.formats import metric_of, targets_of
 
 DIRECTION_NAMES = {"uplink": "uplink", "total": "uplink and downlink"}
 

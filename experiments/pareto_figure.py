@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from experiments.formats import format_target
 from experiments.labels import HEIGHT_IN, MARGIN_IN, LineEnd, label_ends
 from experiments.pareto import DIRECTION_NAMES, Point, Trade
 from experiments.scales import label_log_scale, scale_end
@@ -21,7 +22,6 @@ from experiments.styles import (
     is_by_compressor,
     legend_columns,
 )
-from experiments.tables import format_target
 
 ARROW_PT = 14.0
 

@@ -15,7 +15,7 @@ from experiments.settings import Settings
 from fedraclora.chain import Chain
 from fedraclora.codec import codec_text
 from fedraclora.data import Dataset, Split, check_dataset
-from fedraclora.finished import ModelCard
+from fedraclora.finished import ModelCard, read_weights, take_weights_
 from fedraclora.ledger import MIB
 from fedraclora.local_config import LocalConfig
 from fedraclora.plan import FEEDBACKS, MEMORIES, RoundPlan, Sending
@@ -82,8 +82,10 @@ def prepare(settings: Settings) -> Problem:
     split = split_dataset(setup.partition, dataset, num_clients=settings.num_clients)
     model = setup.initial_model()
     check_no_tied_weights(model)
+    if settings.start_from is not None:
+        take_weights_(model, read_weights(settings.start_from), f"start_from={settings.start_from}")
     setup = replace(setup, base=Chain.start(base_weights(model)).hash)
-    method: Method = find(GROUPS["method"], settings.method.name).build(settings.method, _adapter(settings, model))
+    method: Method = find(GROUPS["method"], settings.method.name).build(settings.method, make_adapter(settings, model))
     rounds = round_settings(settings)
     check_combination(settings, method, rounds)
     problem = Problem(_on_device(dataset, settings), split, model, method, rounds, setup)
@@ -173,7 +175,8 @@ def _on_device(dataset: Dataset, settings: Settings) -> Dataset:
     return replace(dataset, train=dataset.train.to(**where), test=dataset.test.to(**where))
 
 
-def _adapter(settings: Settings, model: nn.Module) -> Adapter:
+def make_adapter(settings: Settings, model: nn.Module) -> Adapter:
+    """Return what a method sees of the model. Raises ValueError for targets, ranks or an alpha that it cannot have."""
     shapes = find_targets(model, settings.targets)
     for layer in settings.ranks:
         if layer not in shapes:

@@ -41,7 +41,7 @@ COLUMNS = (
     *("lost_moments", "lost_feedback", "lost_variates"),
     *BYTE_COLUMNS,
     *(f"cum_{name}" for name in BYTE_COLUMNS),
-    *("round_s", "simulated_s"),
+    *("round_s", "simulated_s", "cum_simulated_s"),
 )
 
 
@@ -49,7 +49,7 @@ class Recorder:
     """Writes one run's folder: `rounds.csv`, `ledger.csv`, `chain/` and `state.json`.
 
     `digest` is that of the newest version written, which a link opened since then does not change; `has_diverged` says
-    that the run read back had come to its end by NaN or infinity.
+    that the run read back had come to its end by NaN or infinity. `simulated_s` is the simulated time of all rounds.
     """
 
     def __init__(self, folder: Path, *, keep_versions: str, snapshot_every: int) -> None:
@@ -59,6 +59,7 @@ class Recorder:
         self._snapshot_every = snapshot_every
         self._written_version = 0
         self.digest, self.has_diverged = "", False
+        self.simulated_s = 0.0
         self._began = time.perf_counter()
 
     @property
@@ -88,6 +89,7 @@ class Recorder:
             _keep_rounds(self.folder / name, column, state.round)
         self._written_version, self.has_diverged = saved["version"], saved["has_diverged"]
         self._began -= saved["wall_s"]
+        self.simulated_s = saved["simulated_s"]
         chain = self.store.load(saved["version"])
         self.digest = chain.digest
         memory = self._memory_of(state.round)
@@ -120,11 +122,13 @@ class Recorder:
                 self.store.snapshot(chain)
         _append(self.folder / "ledger.csv", pd.DataFrame([astuple(item) for item in report.rows]))
         _append(self.folder / "rounds.csv", pd.DataFrame([row], columns=list(COLUMNS)))
+        self.simulated_s += row.get("simulated_s", 0.0)
         if state.memory.tensors:
             write_tensors(self._memory_of(report.round), *state.memory.to_file())
         saved = {
             "version": chain.version,
             "wall_s": self.wall_s,
+            "simulated_s": self.simulated_s,
             "has_diverged": has_diverged,
             "server": state.to_json(),
         }
@@ -137,10 +141,7 @@ class Recorder:
 
 
 def round_row(report: RoundReport, total: Traffic, *, method: str, seed: int) -> dict[str, Any]:
-    """Return a round's row of `rounds.csv` without its evaluation.
-
-    `simulated_s` stays empty: there is no link model yet.
-    """
+    """Return a round's row of `rounds.csv` without its evaluation and its simulated time."""
     own = asdict(report.traffic) | {"total_bytes": report.traffic.total_bytes}
     cumulative = asdict(total) | {"total_bytes": total.total_bytes}
     counts = {name: getattr(report, name) for name in REPORT_COLUMNS}

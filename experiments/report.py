@@ -9,6 +9,7 @@ from statistics import median
 import pandas as pd
 from matplotlib.figure import Figure
 
+from experiments.captions import paired_caption, table_caption
 from experiments.curves import (
     LEAST_GAP,
     ROUND,
@@ -19,7 +20,10 @@ from experiments.curves import (
     curve_figure,
     gap_figure,
     methods_with_gap,
+    time_axis,
+    timed,
 )
+from experiments.formats import NOT_MEASURED, format_number, reference_in
 from experiments.headline import headline
 from experiments.making import making_section
 from experiments.outcomes import AT_BUDGET, FINISHED
@@ -29,7 +33,8 @@ from experiments.pareto_figure import pareto_caption, pareto_figure
 from experiments.plots import bytes_figure, inline_svg, label_distribution_figure, segment_table
 from experiments.results import Runs, load_runs
 from experiments.styles import PALETTE, is_by_compressor, run_styles, variants_of
-from experiments.tables import NOT_MEASURED, comparison_table, format_number, table_caption, text_table
+from experiments.tables import comparison_table, paired_table, text_table
+from experiments.target_figure import reach_caption, reach_figure, reaches_of
 
 # A title that would name more methods than this counts them.
 MAX_NAMES = 6
@@ -82,7 +87,9 @@ def write_report(  # noqa: PLR0913 - each is said by the caller, and none belong
         f"<h1>{escape(title)}</h1>",
         f'<p class="answer">{escape(headline(table))}</p>',
         _comparison_section(runs, table, refused),
+        _paired_section(runs, table),
         _front_section(runs, trades),
+        _target_section(runs, table),
         _curves_section(runs, trades, Guides(targets=targets, budget_mib=budget_mib)),
         _gap_section(runs),
         _bytes_section(runs),
@@ -102,6 +109,25 @@ def _comparison_section(runs: Runs, table: pd.DataFrame, refused: Mapping[str, s
     notes = f"<h3>Read with care</h3>{html_list(cautions)}" if cautions else ""
     numbers = html_table(list(text.columns), rows, caption=table_caption(table), colors=colors)
     return f'<div class="wide">{numbers}</div>{notes}'
+
+
+def _paired_section(runs: Runs, table: pd.DataFrame) -> str:
+    pairs = paired_table(table)
+    if pairs.empty:
+        return ""
+    rows = [[str(cell) for cell in row] for row in pairs.itertuples(index=False)]
+    colors = {method: style.color for method, style in run_styles(runs).items()}
+    numbers = html_table(list(pairs.columns), rows, caption=paired_caption(table), colors=colors)
+    return f'<h2>Seed by seed, against {escape(reference_in(table))}</h2><div class="wide">{numbers}</div>'
+
+
+def _target_section(runs: Runs, table: pd.DataFrame) -> str:
+    styles = run_styles(runs)
+    figures = [
+        _figure(reach_figure(reach, styles), f"reach-{reach.way}", reach_caption(reach))
+        for reach in reaches_of(runs, table)
+    ]
+    return f'<h2>To the target, seed by seed</h2><div class="figures">{"".join(figures)}</div>' if figures else ""
 
 
 def _cautions(runs: Runs) -> list[str]:
@@ -161,6 +187,12 @@ def _curves_section(runs: Runs, trades: Mapping[str, Trade], guides: Guides) -> 
         ("total", TOTAL, f"{what} against all bytes, catch-up included.", front["total"]),
         ("rounds", ROUND, f"{what} against rounds, for which bytes do not count.", front["uplink"] | front["total"]),
     ]
+    time = time_axis(runs)
+    if time is not None:
+        without = [method for method in runs.methods if method not in timed(runs)]
+        rest = f" Without simulated devices: {', '.join(without)}." if without else ""
+        caption = f"{what} against the simulated time of devices and links.{rest}"
+        shown.append(("time", time, caption, front["uplink"] | front["total"]))
     figures = [
         _figure(curve_figure(runs, axis, guides, front=methods), name, caption)
         for name, axis, caption, methods in shown

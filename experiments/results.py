@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from experiments.outcomes import AT_BUDGET, FINISHED
+from experiments.outcomes import AT_BUDGET, DIVERGED, FINISHED
 
 NEEDED_FILES = ("settings.yaml", "rounds.csv", "ledger.csv", "summary.json")
 LEDGER_KEYS = ["method", "seed", "direction", "kind"]
@@ -58,6 +58,14 @@ class Runs:
         """Return how many runs of a method ended before their last round, and not at their budget."""
         ends = [summary["status"] for summary in self.summaries if summary["method"] == method]
         return sum(end not in (FINISHED, AT_BUDGET) for end in ends)
+
+    def has_diverged(self, method: str, seed: int) -> bool:
+        """Return whether a method's run with that seed ended by NaN or infinity."""
+        return any(
+            summary["status"] == DIVERGED
+            for summary in self.summaries
+            if (str(summary["method"]), int(summary["seed"])) == (method, seed)
+        )
 
     def is_global(self, method: str) -> bool:
         """Return whether a method makes one model for all clients, which is what the test metric is of."""

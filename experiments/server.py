@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from omegaconf import OmegaConf
 
 from experiments.accountant import client_epsilon, example_epsilon
+from experiments.devices import Timeline, device_table
 from experiments.folders import check_same_run
 from experiments.groups import plain_values
 from experiments.outcomes import AT_BUDGET, FAILED, FINISHED, INTERRUPTED, Diverged, NothingTrained, status_of
@@ -34,6 +35,9 @@ log = logging.getLogger("fedraclora")
 
 MakeGrid = Callable[[Problem, Recorder], Grid]
 
+# The device of each client, in a run's folder.
+DEVICES_FILE = "devices.csv"
+
 
 class Watcher(Protocol):
     """Is told of every round."""
@@ -43,11 +47,18 @@ class Watcher(Protocol):
         ...
 
 
-def serve(
-    settings: Settings, problem: Problem, folder: Path, watcher: Watcher, *, make_grid: MakeGrid
+def serve(  # noqa: PLR0913 - the run, and how its clients are reached
+    settings: Settings,
+    problem: Problem,
+    folder: Path,
+    watcher: Watcher,
+    *,
+    make_grid: MakeGrid,
+    timeline: Timeline | None = None,
 ) -> dict[str, Any]:
     """Run, or continue, the run in `folder` over a grid, and return the summary that is written to `summary.json`.
 
+    `timeline` is the grid's clock, where it simulates time.
     Raises ValueError before anything is written where the folder holds another run, and Diverged where training does
     not stay finite. Whatever ends a run, its summary is written.
     """
@@ -55,29 +66,44 @@ def serve(
         recorder = Recorder(folder, keep_versions=settings.keep_versions, snapshot_every=settings.snapshot_every)
         if settings.resume and recorder.can_resume:
             check_same_run(folder, settings)
+            _check_devices(timeline, folder)
             chain, state = recorder.resume()
             _check_base(problem, folder)
             _write_settings(settings, folder)
         else:
             chain, state = problem.new_chain(), None
             _write_description(problem, settings, folder)
+            if timeline is not None:
+                write_atomically(folder / DEVICES_FILE, _device_csv(timeline))
             recorder.start(chain)
         setup = problem.setup.to_json()
-        strategy = ChainStrategy(problem.method, chain, problem.rounds, setup=setup, state=state)
-        return _run_rounds(_Run(settings, problem, recorder, strategy), make_grid, watcher)
+        reaches = None if timeline is None else timeline.reaches
+        strategy = ChainStrategy(problem.method, chain, problem.rounds, setup=setup, state=state, reaches=reaches)
+        return _run_rounds(_Run(settings, problem, recorder, strategy, timeline), make_grid, watcher)
 
 
 class _Run:
     """The parts of a run in progress."""
 
-    def __init__(self, settings: Settings, problem: Problem, recorder: Recorder, strategy: ChainStrategy) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        problem: Problem,
+        recorder: Recorder,
+        strategy: ChainStrategy,
+        timeline: Timeline | None,
+    ) -> None:
         self.settings, self.problem, self.recorder, self.strategy = settings, problem, recorder, strategy
+        self.timeline = timeline
 
     def row(self, report: RoundReport) -> dict[str, Any]:
         """Return a round's row of `rounds.csv`, evaluated where it is due."""
         name = name_of(self.settings)
         row = round_row(report, self.strategy.state.traffic, method=name, seed=self.settings.seed)
         row["epsilon"] = spent_epsilon(self.strategy.settings, self.strategy.state)
+        if self.timeline is not None:
+            seconds = self.timeline.seconds(report.round)
+            row |= {"simulated_s": seconds, "cum_simulated_s": self.recorder.simulated_s + seconds}
         if report.round % self.settings.eval_every == 0 or report.round == self.settings.rounds:
             model, dataset = self.problem.model, self.problem.dataset
             model.load_state_dict(self.strategy.chain.weights())
@@ -174,6 +200,16 @@ def _loop(parts: _Run, make_grid: MakeGrid, watcher: Watcher) -> None:
 def _check_base(problem: Problem, folder: Path) -> None:
     if ChainStore(folder / "chain").base_hash() != problem.new_chain().hash:
         raise ValueError(f"the initial weights made here differ from those of {folder}: is this another PyTorch?")
+
+
+def _check_devices(timeline: Timeline | None, folder: Path) -> None:
+    """Raise ValueError where a run would go on with other devices than those it began with."""
+    if timeline is not None and (folder / DEVICES_FILE).read_bytes() != _device_csv(timeline):
+        raise ValueError(f"resume=true, but the devices are no longer those of {folder / DEVICES_FILE}; use that file")
+
+
+def _device_csv(timeline: Timeline) -> bytes:
+    return device_table(timeline.devices).to_csv(index=False).encode()
 
 
 def _write_settings(settings: Settings, folder: Path) -> None:

@@ -142,6 +142,14 @@ class Settings:
     # Measure in each round how far what is merged is from the mean of the clients' products.
     verify: bool = False
 
+    # Weights to start from: a finished run's folder or a .safetensors file; left out: those the model is built with.
+    start_from: str | None = None
+
+    # Simulated time: the clients' devices (a preset's name or a CSV file; none: no time is simulated), and after how
+    # many simulated seconds a round goes on without those who have not answered (0: it waits for all).
+    devices: str = "none"
+    deadline_s: float = 0.0
+
     # The machine. More than one thread pays for large models only, and changes the last bits (0: what PyTorch chooses).
     device: str = "cpu"
     dtype: str = "float32"
@@ -177,9 +185,21 @@ class CompareSettings(Settings):
     tune_seeds: int = 1
     # How many rounds each learning rate is tried for; 0: as many as the runs have.
     tune_rounds: int = 0
+    # A model for all to start from, trained first, once a seed: changes of the settings for that run, as in `variants`
+    # ({method: full, num_clients: 1, rounds: 10}).
+    pretrain: dict[str, Any] = field(default_factory=dict)
     # How often the grid may be extended at either end, and how often it is made finer around its best value.
     tune_extensions: int = 6
     tune_refinements: int = 0
+
+
+@dataclass
+class BudgetSettings(CompareSettings):
+    """A forecast of what a comparison would cost."""
+
+    name: str = "budget"
+    # The setting to choose so that all rounds fit the limits: rank, local_steps or rounds_per_link.
+    fit: str | None = None
 
 
 def name_of(settings: Settings) -> str:

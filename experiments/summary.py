@@ -32,6 +32,7 @@ def write_summary(recorder: Recorder, settings: Settings, known: dict[str, Any])
         "epsilon": _last(rounds["epsilon"].dropna()),
         **{f"{name}_bytes": int(last[f"cum_{name}_bytes"]) for name in BYTE_SUMS},
         "targets": {str(target): first_crossing(rounds, target) for target in settings.target_accuracies},
+        "simulated_s": _last(rounds["cum_simulated_s"]),
         "wall_s": round(recorder.wall_s, 3),
         "commit": commit(),
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -65,14 +66,19 @@ def _mean(values: "pd.Series[float]") -> float | None:
     return None if values.empty else float(values.mean())
 
 
-def first_crossing(rounds: pd.DataFrame, target: float) -> dict[str, int] | None:
-    """Return the round that first reached a test accuracy and the bytes up to its end, or None."""
+def first_crossing(rounds: pd.DataFrame, target: float) -> dict[str, int | float] | None:
+    """Return the round that first reached a test accuracy and the bytes up to its end, or None.
+
+    With `simulated_s` up to there, too, where time is simulated.
+    """
     reached = rounds[rounds["test_accuracy"] >= target]
     if reached.empty:
         return None
     first = reached.iloc[0]
+    simulated_s = first["cum_simulated_s"]
     return {
         "round": int(first["round"]),
         "uplink_bytes": int(first["cum_uplink_bytes"]),
         "total_bytes": int(first["cum_total_bytes"]),
+        **({} if pd.isna(simulated_s) else {"simulated_s": float(simulated_s)}),
     }

@@ -5,6 +5,7 @@ labels = run.predict(images).argmax(1)
 before = run.model(version=0)
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedraclora.chain import Chain
+from fedraclora.chain import Chain, Weights
 from fedraclora.chain_store import ChainStore
-from fedraclora.files import read_json, write_json
+from fedraclora.files import read_json, read_tensors, write_json
 from fedraclora.models import initial_model
 from fedraclora.plugins import find
 
 MODELS = "fedraclora.models"
+# So many tensors are named in a message.
+MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -92,3 +95,52 @@ def load_run(folder: str | Path) -> FinishedRun:
             raise ValueError(f"{path} is not a finished run: {name} is missing")
     versions = tuple(ChainStore(path / "chain").versions())
     return FinishedRun(path, read_json(path / "summary.json"), ModelCard.load(path / "model.json"), versions)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Return the weights that a finished run ended with, or those of a `.safetensors` file.
+
+    Raises ValueError where the path is neither, or what it holds is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_run(path).chain().weights()
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    raise ValueError(f"{path} is neither the folder of a finished run nor a .safetensors file")
+
+
+def take_weights_(model: nn.Module, weights: Weights, where: str) -> None:
+    """Replace all weights of a model; `where` says in messages where they come from.
+
+    Raises ValueError unless `weights` has exactly the model's tensors, in their shapes, all of them finite.
+    """
+    check_weights_fit(model, weights, where)
+    spoilt = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+    if spoilt:
+        raise ValueError(f"{where} holds NaN or infinity in {_listed(spoilt)}; start from a run that did not diverge")
+    model.load_state_dict(weights)
+
+
+def check_weights_fit(model: nn.Module, weights: Weights, where: str) -> None:
+    """Raise ValueError unless `weights` has exactly the model's tensors in their shapes."""
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    right = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [name for name in right if name in found and found[name] != right[name]]
+    differences = {
+        "it lacks": [f"{name} {right[name]}" for name in right if name not in found],
+        "the model does not have": [f"{name} {found[name]}" for name in found if name not in right],
+        "of another shape are": [f"{name} {found[name]}, where the model has {right[name]}" for name in wrong],
+    }
+    said = [f"{what} {_listed(items)}" for what, items in differences.items() if items]
+    if said:
+        raise ValueError(
+            f"the weights of {where} do not fit the model: {'; '.join(said)}; right are exactly the model's own "
+            "tensors: train them with the same model, model.* settings, input shape and number of classes"
+        )
+
+
+def _listed(items: Iterable[str]) -> str:
+    named = list(items)
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    return ", ".join(named[:MAX_NAMED]) + more

@@ -43,10 +43,12 @@ class ChainStrategy(Strategy):
     """Runs any method of this project over a Flower Grid.
 
     The chain is the model; `state` is what the server remembers of its clients. Both are changed by each round, in
-    place. `setup` is what a machine is told of the run (`fedraclora.setup.Setup` as text).
+    place. `setup` is what a machine is told of the run (`fedraclora.setup.Setup` as text). Where availability is
+    simulated, `reaches(round, partition)` says whether a client can be reached in a round; one that cannot is away
+    without having gone: it is asked nothing, and is still known when it is back.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run begins with
         self,
         method: Method,
         chain: Chain,
@@ -54,6 +56,7 @@ class ChainStrategy(Strategy):
         *,
         setup: str = "",
         state: ServerState | None = None,
+        reaches: Callable[[int, int], bool] | None = None,
     ) -> None:
         self.method = method
         self.chain = chain
@@ -64,6 +67,7 @@ class ChainStrategy(Strategy):
         self.report = RoundReport(round=self.state.round, link=chain.num_links)
         self._roster = Roster(settings)
         self._asked: Asked | None = None
+        self._reaches = reaches
 
     # ---- the loop
 
@@ -173,7 +177,7 @@ class ChainStrategy(Strategy):
         known: dict[tuple[Needs, Own, int], tuple[RecordDict, dict[str, int]]] = {}
         contents, messages = self._contents(), []
         for partition in cohort:
-            if partition not in self._roster.nodes:
+            if not self._is_there(partition):
                 continue
             own, rank = self._now.own[partition], self._now.ranks.get(partition, 0)
             key = self._needs(partition), own, rank
@@ -192,12 +196,16 @@ class ChainStrategy(Strategy):
         contents, messages = self._contents(), []
         for partition in sorted(self._roster.nodes.keys() - set(cohort)):
             needs = self._needs(partition)
-            if needs.num_held < self.chain.num_links:
+            if needs.num_held < self.chain.num_links and self._is_there(partition):
                 if needs not in known:
                     shared = contents.of_links(needs)
                     known[needs] = shared, content_bytes(shared)
                 messages.append(self._message(QUERY_LINKS, partition, *known[needs]))
         return messages
+
+    def _is_there(self, partition: int) -> bool:
+        is_connected = partition in self._roster.nodes
+        return is_connected and (self._reaches is None or self._reaches(self._now.plan.round, partition))
 
     def _needs(self, partition: int) -> Needs:
         state = self.state

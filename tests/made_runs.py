@@ -32,6 +32,8 @@ class Made:
     losses: list[float] | None = None
     measured: dict[str, list[float | None]] = field(default_factory=dict)
     summed: dict = field(default_factory=dict)
+    # Simulated seconds of each round, the first included; None: a folder from before time was simulated.
+    seconds: float | None = None
 
 
 def write_run(made: Made, folder: Path) -> Path:
@@ -49,7 +51,10 @@ def write_run(made: Made, folder: Path) -> Path:
     rounds = pd.DataFrame(rows).assign(**made.measured)
     for name in [column for column in rounds if column.endswith("_bytes")]:
         rounds[f"cum_{name}"] = list(accumulate(rounds[name]))
-    rounds.assign(round_s=0.5, simulated_s=None).to_csv(folder / "rounds.csv", index=False)
+    rounds = rounds.assign(round_s=0.5, simulated_s=made.seconds)
+    if made.seconds is not None:
+        rounds["cum_simulated_s"] = [made.seconds * (i + 1) for i in range(num_rounds)]
+    rounds.to_csv(folder / "rounds.csv", index=False)
     write_ledger(rounds, folder)
     counts = pd.DataFrame({"partition": range(4), "0": [5, 1, 0, 2], "1": [0, 3, 4, 2], "<b>": [1, 1, 1, 1]})
     counts.to_csv(folder / "label_counts.csv", index=False)

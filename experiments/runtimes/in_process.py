@@ -5,13 +5,19 @@ Flower, a client that fails answers with an error, keeps its state, and leaves t
 order of the messages. Differs from Flower: timeouts and message lifetimes are not modelled; a push is answered at once,
 and what gets no reply is answered as Flower answers for a message whose time is over.
 
+Where clients have devices (`experiments/devices.py`), time is simulated beside all this, and decides whose reply the
+server sees. A client that drops out or is late was sent its message, which the ledger charges, has trained and keeps
+its candidate state; its reply does not come, and is not charged. A client that cannot be reached in a round stays
+listed: it is away and not replaced, so the strategy leaves it out of the round (which costs nothing) and need not be
+introduced to it again.
+
 This file and `strategies/wire.py` are the only ones that use private names of Flower: a `Message` can be made only
 where a process-wide task identity is set, so one grid can be in use at a time.
 """
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +32,12 @@ from clients.app import client_app, partition_of
 from clients.cohort import Request, train
 from clients.replica import Replica
 from clients.state_store import ClientStore
+from experiments.devices import Timeline, timeline_of
 from experiments.problem import Problem
 from experiments.recorder import Recorder
 from experiments.server import Watcher, serve
 from experiments.settings import Settings
+from strategies.wire import record_bytes
 
 RUN_ID, SERVER_NODE, TASK_ID = 1, 1, 1
 # Flower's code for a message whose reply will not come.
@@ -48,12 +56,13 @@ class InProcess:
 
     def run(self, settings: Settings, problem: Problem, folder: Path, watcher: Watcher) -> dict[str, Any]:
         """Run the rounds here; the clients keep their own states beside the chain."""
+        timeline = timeline_of(settings)
 
         def make_grid(problem: Problem, recorder: Recorder) -> "InProcessGrid":
             replica = problem.replica(recorder.replica(), ClientStore(folder / "clients"))
-            return InProcessGrid(replica, settings.num_clients)
+            return InProcessGrid(replica, settings.num_clients, timeline=timeline)
 
-        return serve(settings, problem, folder, watcher, make_grid=make_grid)
+        return serve(settings, problem, folder, watcher, make_grid=make_grid, timeline=timeline)
 
 
 def build(config: Config) -> InProcess:
@@ -80,11 +89,15 @@ class Shared:
 class InProcessGrid(Grid):
     """The clients of partitions `0 .. num_clients - 1`, all on one replica.
 
-    `fault` is for tests: given a partition and its reply it returns what the server gets to see, None for a lost reply.
+    `timeline` simulates time. `fault` is for tests: given a partition and its reply it returns what the server gets to
+    see, None for a lost reply.
     """
 
-    def __init__(self, replica: Replica, num_clients: int, *, fault: Fault | None = None) -> None:
+    def __init__(
+        self, replica: Replica, num_clients: int, *, fault: Fault | None = None, timeline: Timeline | None = None
+    ) -> None:
         self._replica, self._app, self._fault = replica, client_app(Shared(replica)), fault
+        self._timeline = timeline
         self._contexts = {_node_id(partition): _context(partition, num_clients) for partition in range(num_clients)}
         self._inbox: dict[str, Message] = {}
         self._counter = itertools.count()
@@ -147,9 +160,20 @@ class InProcessGrid(Grid):
         return train(self._replica, requests) if requests else []
 
     def _seen(self, message: Message, reply: Message | None) -> Message | None:
+        if reply is not None and self._timeline is not None and not self._is_in_time(self._timeline, message, reply):
+            return None
         if reply is None or self._fault is None or message.metadata.message_type != MessageType.TRAIN:
             return reply
         return self._fault(self._partition(message), reply)
+
+    def _is_in_time(self, timeline: Timeline, message: Message, reply: Message) -> bool:
+        return timeline.receives(
+            int(message.metadata.group_id),
+            self._partition(message),
+            down_bytes=sum(record_bytes(message).values()),
+            up_bytes=sum(record_bytes(reply).values()),
+            steps=_num_steps(reply),
+        )
 
     def _partition(self, message: Message) -> int:
         return partition_of(self._contexts[message.metadata.dst_node_id])
@@ -157,6 +181,15 @@ class InProcessGrid(Grid):
     def _new_id(self) -> str:
         """Return a message id of the length that Flower's have, so that sizes are those of a real message."""
         return hashlib.sha256(str(next(self._counter)).encode()).hexdigest()
+
+
+def _num_steps(reply: Message) -> int:
+    """Return the local steps that a reply states, 0 where it comes of no training."""
+    if reply.has_error():
+        return 0
+    stated: Mapping[str, object] = reply.content.metric_records.get("metrics", {})
+    steps = stated.get("num-steps", 0)
+    return steps if isinstance(steps, int) else 0
 
 
 def _context(partition: int, num_clients: int) -> Context:

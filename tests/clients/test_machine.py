@@ -1,15 +1,28 @@
 """A machine finds its replica, its data and what it was told of the run."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from clients.app import client_app
 from clients.machine import KEPT_RUNS, LostSetup, Machines, local_data, node_of, own_dataset, remember_setup
+from experiments.groups import configure
 from experiments.problem import prepare
+from fedraclora.files import write_tensors
 from fedraclora.setup import Setup
-from tests.helpers import federate, four_clients_problem, same_weights, settings
+from tests.helpers import (
+    RecordingGrid,
+    federate,
+    federation,
+    four_clients_problem,
+    nodes_grid,
+    relative_distance,
+    same_weights,
+    settings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +91,61 @@ def test_a_base_that_comes_out_otherwise_counts_as_none(problem, tmp_path):
     other = replace(problem.setup, base="0" * 64)
     replica = Machines().open(context(partition_id=0, replica_path=str(tmp_path)), introduction(other.to_json()))
     assert replica.chain.num_links == -1
+
+
+class MachinesGrid(RecordingGrid):
+    """Simulated clients as in worker processes: a new one for every message, all on one disk, `folder`."""
+
+    folder: Path
+
+    def __init__(self, replica, num_clients, *, fault=None):
+        super().__init__(replica, num_clients, fault=fault)
+        for one in self._contexts.values():
+            one.node_config["replica-path"] = str(self.folder)
+        self._app = self._new_process
+
+    def _new_process(self, message, context):
+        return client_app(Machines())(message, context)
+
+    def _train(self, messages):
+        return [self._app(message, self._contexts[message.metadata.dst_node_id]) for message in messages]
+
+
+@pytest.fixture
+def started(problem, tmp_path):
+    """Settings of a run that starts from weights which no client can build."""
+    weights = {name: tensor + 0.01 for name, tensor in problem.new_chain().weights().items()}
+    write_tensors(tmp_path / "start.safetensors", weights, {})
+    return settings(start_from=str(tmp_path / "start.safetensors"), num_clients=4, fraction=1.0)
+
+
+def test_weights_that_a_run_starts_from_are_no_part_of_what_machines_are_told(started, tmp_path):
+    setup = prepare(started).setup
+    assert "start" not in setup.to_json()
+    replica = Machines().open(context(partition_id=0, replica_path=str(tmp_path)), introduction(setup.to_json()))
+    assert replica.chain.num_links == -1
+
+
+@pytest.mark.parametrize("method", ["rac_lora", "fed_it", "full"])
+@pytest.mark.parametrize("disks", ["one", "each"])
+def test_machines_are_sent_the_weights_a_run_starts_from_once_and_end_in_its_model(started, tmp_path, method, disks):
+    """On one disk for all, as in a simulation, and on a disk each, as deployed."""
+    started = replace(started, method=configure("method", method, {}))
+    one_disk = type("Grid", (MachinesGrid,), {"folder": tmp_path / "disk"})
+    grid = one_disk if disks == "one" else nodes_grid(tmp_path / "nodes")
+    parts, here = federation(started, grid=grid), federation(started)
+    assert len(parts.run()) == len(here.run())
+    assert relative_distance(parts.chain.weights(), here.chain.weights()) < 1e-5
+    # What an open link sets whole is never sent beside it, so `full` needs the base in its first round alone, too.
+    bases = [
+        (part, message.metadata.group_id, array.numpy().size)
+        for way, part, message in parts.grid.seen
+        if way == "down" and "snapshot" in message.content.array_records
+        for array in message.content.array_records["snapshot"].values()
+    ]
+    size = sum(tensor.numel() for tensor in here.chain.merged.values())
+    assert sorted(bases) == [(part, "1", size) for part in range(4)]
+    assert not any("snapshot" in m.content.array_records for way, _, m in here.grid.seen if way == "down")
 
 
 def test_old_runs_make_room_for_new_ones(problem, tmp_path):

@@ -8,8 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import experiments.cli
+import experiments.compare
 from experiments.cli import main
+from experiments.groups import preset_names
+from experiments.settings import CompareSettings
 from fedraclora.files import read_json
+from fedraclora.plugins import names
 
 TINY = ("dataset=digits", "model.hidden=[12]", "num_clients=6", "fraction=0.5", "rank=2", "rounds=2", "local_steps=2")
 BAD_USE, FAILED = 2, 1
@@ -310,6 +315,51 @@ def test_a_sweep_ends_at_the_first_run_that_fails(command, tmp_path):
     assert code == BAD_USE
     assert "rank 99" in message
     assert [path.name for path in (tmp_path / "here" / "sweep").iterdir()] == ["1"]
+
+
+SMALL = ("num_clients=4", "fraction=0.5", "rank=2", "rounds=1", "local_steps=2", "seeds=1", "dataset=digits")
+
+
+def test_run_with_a_preset_does_what_compare_does_with_it(command, tmp_path):
+    for name in ("run", "compare"):
+        code, message = command(name, "experiment=demo", *SMALL, "methods=[rac_lora,full]", f"out={name}")
+        assert code == 0, message
+    tables = [pd.read_csv(tmp_path / "here" / name / "comparison.csv") for name in ("run", "compare")]
+    assert list(tables[0]["method"]) == ["rac_lora", "full"]
+    numbers = [column for column in tables[0] if column.endswith(("_median", "_min", "_max")) and "_s_" not in column]
+    pd.testing.assert_frame_equal(tables[0][numbers], tables[1][numbers])
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_composes_and_all_that_its_variants_name_exists(command, name):
+    """Its runs, its pretraining and its learning-rate grids are read as before any training; the data are not."""
+    code, shown = command("compare", f"experiment={name}", "--cfg", "job")
+    assert code == 0, shown
+    chosen = compare_of(name)
+    assert set(chosen.variants) <= set(chosen.methods)
+    for method in chosen.methods:
+        one = experiments.compare.one_run(chosen, Path(), method, 0, None)
+        assert one.method.name in names("strategies")
+        experiments.compare._grid(chosen, method)
+    assert set(chosen.tune if isinstance(chosen.tune, dict) else {}) <= set(chosen.methods)
+    if chosen.pretrain:
+        first = experiments.compare._pretraining(chosen, Path(), 0)
+        assert first.dataset.name == chosen.dataset.name
+        assert first.model == chosen.model
+
+
+def compare_of(preset, *more):
+    """Return the settings of a preset."""
+    kept = []
+    experiments.cli._hydra("compare", [f"experiment={preset}", *more], CompareSettings, kept.append)
+    return kept[0]
+
+
+def test_a_path_that_is_given_once_reaches_the_pretraining_run():
+    chosen = compare_of("paper/mnist", "dataset.path=somewhere.npz")
+    first = experiments.compare._pretraining(chosen, Path(), 0)
+    assert (first.dataset.path, list(first.dataset.digits)) == ("somewhere.npz", [0, 1, 2, 3, 4])
+    assert list(chosen.dataset.digits) == [5, 6, 7, 8, 9]
 
 
 def test_a_comparison_on_a_regression_ends_with_a_report(command, tmp_path):

@@ -107,6 +107,12 @@ REFUSED = {
     "lr_scales must be positive, one for each of num_clients=6": {"client_lr_scales": [1.0, 2.0]},
     "lr_scales must be positive": {"client_lr_scales": [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]},
     "personal_fraction=1.0 must lie in [0, 1)": {"personal_fraction": 1.0},
+    "deadline_s=5.0 is simulated time: name devices, too": {"deadline_s": 5.0},
+    "deadline_s=-1.0 must be finite, and at least 0": {"devices": "lte", "deadline_s": -1.0},
+    "deadline_s=inf must be finite": {"devices": "lte", "deadline_s": float("inf")},
+    "devices=lte goes with runtime=in_process alone": {"devices": "lte", "runtime": "simulation"},
+    "devices=mixed goes with runtime=in_process alone": {"devices": "mixed", "runtime": "deployment"},
+    "devices='brodband' is neither a preset nor a .csv file; did you mean 'broadband'": {"devices": "brodband"},
     "whole_probability=0.0 must lie in (0, 1]": {
         "memory": MemorySettings("marina", whole_probability=0.0), "uplink": "rand_k",
     },

@@ -2,21 +2,26 @@
 
 import io
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from rich.console import Console
 
 import experiments.compare
 from experiments.cli import main
 from experiments.compare import TUNING_SEED, compare, tune
+from experiments.outcomes import Diverged
+from experiments.settings import name_of
 from fedraclora.files import read_json
 from fedraclora.finished import load_run
 from strategies.state import BudgetTooSmall
-from tests.helpers import compare_settings
+from tests.helpers import compare_settings, same_weights
 
 METHODS = ["rac_lora", "full"]
 
@@ -216,6 +221,144 @@ def test_variants_go_by_their_labels_in_folders_tables_figures_and_in_a_report_m
     assert main(["report", str(tmp_path / "out"), f"out={tmp_path / 'again' / 'report.html'}"]) == 0
     again = pd.read_csv(tmp_path / "again" / "comparison.csv").set_index("method")
     pd.testing.assert_frame_equal(again, table)
+
+
+def test_a_variant_keeps_what_it_does_not_say_of_the_comparisons_own_plug_ins():
+    known = compare_settings(
+        partition=("dirichlet", {"alpha": 0.7, "min_partition_size": 2}), uplink=("top_k", {"share": 0.3})
+    )
+    for said in ({"alpha": 0.2}, {"name": "dirichlet", "alpha": 0.2}):
+        found = variant(known, {"method": "full", "partition": said})
+        assert (found.partition.alpha, found.partition.min_partition_size) == (0.2, 2)
+    assert variant(known, {"method": "full", "partition": "dirichlet"}).partition.alpha == 0.7
+    assert variant(known, {"method": "full", "uplink": "top_k"}).uplink.share == 0.3
+    assert variant(known, {"method": "full", "partition": "iid"}).partition.name == "iid"
+    assert known.partition.alpha == 0.7
+
+
+def variant(known, changes):
+    return experiments.compare.one_run(replace(known, variants={"one": changes}), Path(), "one", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rounds": "ten"}, "variant sets rounds='ten'"),
+        ({"sketch": {"shared": "perhaps"}}, "sketch=.*perhaps"),
+        ({"method": {"lr": 0.1}}, "names none; add name"),
+        ({"partition": {"alhpa": 0.1}}, "did you mean 'alpha'"),
+    ],
+)
+def test_a_variant_of_the_wrong_type_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        variant(compare_settings(), {"method": "full", **changes})
+
+
+# ---- a model for all to start from
+
+PRETRAIN = {"method": "full", "num_clients": 1, "fraction": 1.0, "rounds": 2, "lr": 0.1, "partition": "iid"}
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained") / "out"
+    tuning = {"tune": {"rac_lora": [0.1, 0.5]}, "tune_extensions": 0, "tune_rounds": 1}
+    compare(chosen(folder, pretrain=PRETRAIN, budget_mib=1.0, **tuning), quiet())
+    return folder
+
+
+def test_every_run_of_a_seed_starts_from_the_one_model_trained_for_it(pretrained):
+    seeds = {f"seed_{seed}" for seed in (0, 1, TUNING_SEED)}
+    assert {path.name for path in (pretrained / "pretrain").iterdir()} == seeds
+    ends = {seed: load_run(pretrained / "pretrain" / seed).chain() for seed in seeds}
+    runs = [path.parent for path in pretrained.rglob("summary.json") if path.parent.parent.name != "pretrain"]
+    assert {path.parent.name for path in runs} == {"rac_lora", "full"}
+    assert len(runs) == 4 + 2
+    for path in runs:
+        assert same_weights(load_run(path).chain(0).weights(), ends[path.name].weights())
+    assert not same_weights(ends["seed_0"].weights(), ends["seed_1"].weights())
+
+
+def test_the_pretraining_run_is_what_was_asked_for_and_no_method_of_the_comparison(pretrained):
+    for seed in (0, 1, TUNING_SEED):
+        summary = read_json(pretrained / "pretrain" / f"seed_{seed}" / "summary.json")
+        assert (summary["status"], summary["num_rounds"]) == ("finished", 2)
+        known = OmegaConf.load(pretrained / "pretrain" / f"seed_{seed}" / "settings.yaml")
+        assert (known.num_clients, known.method.name, known.partition.name) == (1, "full", "iid")
+        # Budgets are for what is compared; what tuning holds out is held out here, too.
+        assert known.budget_mib is None
+        assert known.eval_split == ("validation" if seed == TUNING_SEED else "test")
+    assert sorted(pd.read_csv(pretrained / "comparison.csv")["method"]) == sorted(METHODS)
+
+
+def test_models_are_trained_once_and_a_comparison_that_was_interrupted_goes_on_from_them(
+    pretrained, tmp_path, monkeypatch
+):
+    real, calls = experiments.compare.run, []
+
+    def counted(one, watcher):
+        calls.append((name_of(one), one.seed))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(one, watcher)
+
+    monkeypatch.setattr(experiments.compare, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(chosen(tmp_path / "out", pretrain=PRETRAIN), quiet())
+    compare(chosen(tmp_path / "out", pretrain=PRETRAIN, resume=True), quiet())
+    again = [("pretrain", 0), ("pretrain", 1), ("pretrain", 1)]
+    assert calls == [*again, ("rac_lora", 0), ("full", 0), ("rac_lora", 1), ("full", 1)]
+    name = "pretrain/seed_1/summary.json"
+    assert read_json(tmp_path / "out" / name)["chain_digest"] == read_json(pretrained / name)["chain_digest"]
+    # By another way to the same folder, nothing is done again.
+    monkeypatch.chdir(tmp_path)
+    compare(chosen("out", pretrain=PRETRAIN, resume=True), quiet())
+    assert len(calls) == 7
+    with pytest.raises(ValueError, match="pretrain was"):
+        compare(chosen("out", pretrain={**PRETRAIN, "rounds": 3}, resume=True), quiet())
+
+
+def test_a_variant_may_start_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    variants = {"scratch": {"method": "full", "start_from": None}}
+    compare(
+        chosen("out", methods=["full", "scratch"], variants=variants, seeds=1, rounds=1, pretrain=PRETRAIN), quiet()
+    )
+    bases = [load_run(tmp_path / "out" / name / "seed_0").chain(0).hash for name in ("full", "scratch", "pretrain")]
+    assert bases[1] == bases[2] != bases[0]
+    # A full path, because the server of a runtime may run elsewhere.
+    written = OmegaConf.load(tmp_path / "out" / "full" / "seed_0" / "settings.yaml").start_from
+    assert written == str(tmp_path / "out" / "pretrain" / "seed_0")
+
+
+def test_pretraining_that_diverges_ends_the_comparison_also_when_it_is_resumed(tmp_path):
+    one = {"pretrain": {**PRETRAIN, "lr": 1e9, "rounds": 9, "method": {"name": "full"}}, "seeds": 1}
+    for resume in (False, True):
+        with pytest.raises(Diverged, match="no run can start from it"):
+            compare(chosen(tmp_path / "out", resume=resume, **one), quiet())
+    assert not (tmp_path / "out" / "full").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"pretrain": {**PRETRAIN, "round": 3}}, "did you mean 'rounds'"),
+        ({"pretrain": {**PRETRAIN, "rounds": "ten"}}, "rounds='ten'"),
+        ({"pretrain": {"rounds": 3}}, "names no method"),
+        ({"pretrain": {**PRETRAIN, "method": "ful"}}, "did you mean 'full'"),
+        ({"pretrain": {**PRETRAIN, "seed": 3}}, r"sets \['seed'\]"),
+        ({"pretrain": {**PRETRAIN, "fraction": 0.0}}, "fraction"),
+        (
+            {"pretrain": {**PRETRAIN, "model": {"hidden": [11]}}},
+            r"pretrain for rac_lora do not fit .*fc1.weight \[11, 64\]",
+        ),
+        ({"pretrain": PRETRAIN, "methods": ["pretrain"], "variants": {"pretrain": {"method": "full"}}}, "rename it"),
+    ],
+)
+def test_pretraining_that_cannot_be_run_is_refused_before_anything_is_written(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        compare(chosen(tmp_path / "out", **changes), quiet())
+    assert not (tmp_path / "out").exists()
 
 
 # ---- tuning

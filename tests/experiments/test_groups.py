@@ -8,12 +8,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from experiments.groups import (
+    CONF,
     GROUPS,
     allow_new_keys,
+    check_overrides,
     compose,
     configure,
+    default_plugins,
     named_config,
+    names_preset,
     plain_values,
+    preset_names,
     to_overrides,
 )
 from experiments.settings import (
@@ -79,6 +84,36 @@ def test_a_plug_in_may_not_have_a_setting_called_name(monkeypatch):
     for act in (lambda: named_config("method", path), lambda: configure("method", path, {})):
         with pytest.raises(ValueError, match=r"method 'made_up\.named' has a setting called 'name'.*rename it"):
             act()
+
+
+# ---- presets
+
+
+def test_presets_in_folders_go_by_their_folder_and_their_name():
+    assert {"demo", "paper/mnist", "paper/mnist_federated", "paper/fedslop"} <= set(preset_names())
+    assert all((CONF / "experiment" / f"{name}.yaml").is_file() for name in preset_names())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("experiment=mnist", "no preset 'mnist'"),
+        ("experiment=paper/mnst", "did you mean 'paper/mnist'"),
+        ("experiment=paper", "no preset 'paper'"),
+        ("experiment=null", "no preset 'null'"),
+        ("experiment=demo,paper/fedslob", "did you mean 'paper/fedslop'"),
+    ],
+)
+def test_a_preset_that_is_not_there_names_the_nearest(override, words):
+    with pytest.raises(ValueError, match=words):
+        check_overrides([override], CompareSettings, default_plugins("compare"))
+
+
+@pytest.mark.parametrize("name", [*preset_names(), "demo,paper/mnist"])
+def test_a_preset_that_is_there_is_taken(name):
+    check_overrides([f"experiment={name}"], CompareSettings, default_plugins("compare"))
+    assert names_preset(["rounds=3", f"experiment={name}"])
+    assert not names_preset(["rounds=3", "name=experiment"])
 
 
 # ---- settings as overrides, which is how they travel to a ServerApp

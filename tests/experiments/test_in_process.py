@@ -4,6 +4,7 @@ import pytest
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from experiments.devices import PRESETS, Timeline
 from experiments.runtimes.in_process import InProcessGrid
 from tests.helpers import federation, settings
 
@@ -65,3 +66,11 @@ def test_a_train_message_that_is_delivered_changes_nothing_in_the_message(parts)
     before = [message.content.object_id for message in messages]
     parts.grid.push_messages(messages)
     assert [message.content.object_id for message in messages] == before
+
+
+def test_a_reply_that_is_late_on_the_simulated_clock_is_one_that_will_not_come(parts):
+    parts.grid._timeline = Timeline([PRESETS["lte"]] * parts.settings.num_clients, seed=0, deadline_s=1e-6)
+    parts.strategy.connect(parts.grid)
+    messages = parts.strategy.open_round(1, parts.grid)
+    assert [reply.error.code for reply in parts.grid.send_and_receive(messages)] == [3] * len(messages)
+    assert parts.grid._timeline.seconds(1) == 1e-6

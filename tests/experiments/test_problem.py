@@ -5,10 +5,15 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.folders import check_same_run
 from experiments.problem import load_dataset, prepare
+from experiments.replay import replay
+from experiments.run import run
 from experiments.settings import ServerSettings
 from fedraclora.data import Dataset, Examples
-from tests.helpers import plug_in, same_weights, settings
+from fedraclora.files import write_tensors
+from fedraclora.finished import load_run
+from tests.helpers import Silent, plug_in, same_weights, settings, without_figures
 
 
 def test_scale_is_alpha_over_rank_and_alpha_is_the_rank_by_default():
@@ -193,3 +198,94 @@ def test_clients_with_their_own_data_are_for_nodes_of_their_own(tmp_path):
     problem = prepare(settings(**own, runtime=("deployment", {"superlink": "127.0.0.1:1"})))
     assert len(problem.dataset.train) == 0
     assert problem.card.input_shape == (1, 8, 8)
+
+
+# ---- weights to start from
+
+
+@pytest.fixture
+def first(tmp_path, monkeypatch):
+    """A finished run to start from."""
+    without_figures(monkeypatch)
+    run(settings(out=str(tmp_path / "first"), method="full", seed=5), Silent())
+    return tmp_path / "first"
+
+
+@pytest.mark.parametrize("method", ["rac_lora", "fed_it", "full", "fr_lora"])
+def test_a_run_starts_from_the_weights_that_another_one_ended_with(first, tmp_path, method):
+    """And its folder alone is enough to build its model again, whatever becomes of the other run."""
+    one = settings(out=str(tmp_path / "second"), start_from=str(first), method=method, rounds=2)
+    expected = load_run(first).chain().weights()
+    assert same_weights(prepare(one).new_chain().weights(), expected)
+    run(one, Silent())
+    first.rename(tmp_path / "gone")
+    second = load_run(tmp_path / "second")
+    assert same_weights(second.model(version=0).state_dict(), expected)
+    assert not same_weights(second.model().state_dict(), expected)
+    assert "verified against the summary" in replay(tmp_path / "second")[1]
+
+
+def test_what_a_run_starts_from_enters_its_base_and_nothing_else(first):
+    plain, started = prepare(settings()), prepare(settings(start_from=str(first)))
+    assert plain.setup.base != started.setup.base == started.new_chain().hash
+    assert plain.split.digest == started.split.digest
+
+
+def test_an_exported_model_is_started_from_as_the_run_itself(first, tmp_path):
+    replay(first, export=str(tmp_path / "model.safetensors"))
+    runs = [prepare(settings(start_from=str(path))) for path in (first, tmp_path / "model.safetensors")]
+    assert runs[0].setup.base == runs[1].setup.base
+
+
+def test_weights_to_start_from_take_the_dtype_of_the_run(first):
+    found = prepare(settings(start_from=str(first), dtype="float64")).new_chain().weights()
+    assert {name: tensor.float() for name, tensor in found.items()}.keys() == found.keys()
+    assert same_weights({name: tensor.float() for name, tensor in found.items()}, load_run(first).chain().weights())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w.pop("fc2.bias"), r"it lacks fc2.bias \[10\]; right are exactly the model's own tensors"),
+        (lambda w: w.update(head=torch.zeros(3, 1)), r"the model does not have head \[3, 1\]"),
+        (
+            lambda w: w.update({"fc2.weight": torch.zeros(5, 12)}),
+            r"of another shape are fc2.weight \[5, 12\], where the model has \[10, 12\].*number of classes",
+        ),
+        (lambda w: w["fc1.bias"].fill_(float("nan")), r"NaN or infinity in fc1.bias; .*did not diverge"),
+        (lambda w: w.update({f"more{i}": torch.zeros(1) for i in range(11)}), r"more6 \[1\] and 3 more; right"),
+    ],
+)
+def test_weights_of_another_model_are_refused_with_every_difference(tmp_path, change, words):
+    weights = {name: tensor.clone() for name, tensor in prepare(settings()).new_chain().weights().items()}
+    change(weights)
+    write_tensors(tmp_path / "start.safetensors", weights, {})
+    with pytest.raises(ValueError, match=rf"start_from=.*start\.safetensors .*{words}"):
+        prepare(settings(start_from=str(tmp_path / "start.safetensors")))
+
+
+def test_a_place_to_start_from_that_holds_no_weights_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"neither the folder of a finished run nor a \.safetensors file"):
+        prepare(settings(start_from=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"not a finished run: summary\.json is missing"):
+        prepare(settings(start_from=str(tmp_path)))
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        prepare(settings(start_from=str(tmp_path / "nowhere.safetensors")))
+
+
+def test_another_start_makes_another_run_and_a_folder_that_moved_with_its_start_does_not(first, tmp_path, monkeypatch):
+    (tmp_path / "all").mkdir()
+    first.rename(tmp_path / "all" / "first")
+    one = settings(out=str(tmp_path / "all" / "second"), start_from=str(tmp_path / "all" / "first"))
+    run(one, Silent())
+    with pytest.raises(ValueError, match="start_from was"):
+        check_same_run(tmp_path / "all" / "second", settings(out=one.out))
+    for out in (one.out, None):
+        with pytest.raises(ValueError, match="start_from was"):
+            check_same_run(tmp_path / "all" / "second", settings(out=out, start_from=str(tmp_path / "all" / "other")))
+    (tmp_path / "all").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    moved = settings(out="second", start_from="first", resume=True, rounds=4)
+    check_same_run(tmp_path / "moved" / "second", moved)
+    run(moved, Silent())
+    assert load_run(tmp_path / "moved" / "second").versions == (0, 1, 2, 3, 4)

@@ -57,6 +57,18 @@ def test_what_was_written_after_the_last_whole_round_is_cut_off(tmp_path):
     assert state["version"] == 3
 
 
+def test_the_simulated_clock_goes_on_where_the_last_whole_round_ended(tmp_path):
+    recorder, parts = Recorder(tmp_path, keep_versions="all", snapshot_every=0), federation(settings(rounds=3))
+    recorder.start(parts.chain)
+    for report in parts.iterate():
+        row = round_row(report, parts.strategy.state.traffic, method="rac_lora", seed=0)
+        recorder.commit(row | {"simulated_s": 0.1}, report, parts.chain, parts.strategy.state, has_diverged=False)
+    again = Recorder(tmp_path, keep_versions="all", snapshot_every=0)
+    assert again.simulated_s == 0.0
+    again.resume()
+    assert again.simulated_s == recorder.simulated_s == 0.1 + 0.1 + 0.1 + 0.1
+
+
 def test_a_folder_without_a_whole_round_cannot_be_resumed(tmp_path):
     assert not Recorder(tmp_path, keep_versions="all", snapshot_every=0).can_resume
 

@@ -21,7 +21,7 @@ from experiments.headline import headline
 from experiments.plots import label_distribution_figure, save_png
 from experiments.report import main_report, write_report
 from experiments.results import load_runs
-from experiments.tables import _is_median_lower_bound, comparison_table, render_table, text_table
+from experiments.tables import comparison_table, render_table, text_table
 from tests.made_runs import MIB, Made, climb, make_runs, write_run
 
 INT8 = {"method": {"name": "rac_lora"}, "uplink": {"name": "int8"}}
@@ -111,15 +111,6 @@ def test_runs_that_miss_the_target_make_the_median_a_lower_bound_only_where_they
 def test_missed_target_is_bounded_by_the_last_evaluation_not_by_unevaluated_rounds(tmp_path):
     table = comparison_table(make_runs(tmp_path, Made("m", [0.1, 0.2, None, None])), targets=[0.8], budget_mib=None)
     assert table["uplink_mib_to_0.8_median"].item() == 1
-
-
-@given(st.lists(st.tuples(st.floats(0, 100), st.booleans()), min_size=1, max_size=6), st.floats(0, 1000))
-def test_censored_median_never_exceeds_what_longer_runs_would_show(needs, extra):
-    known = [need for need, _ in needs]
-    truth = [need if reached else need + extra for need, reached in needs]
-    is_lower_bound = _is_median_lower_bound(known, [reached for _, reached in needs])
-    assert median(known) <= median(truth)
-    assert is_lower_bound or median(known) == median(truth)
 
 
 @given(

@@ -69,13 +69,18 @@ def build(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shared_mnist():
+def shared_file():
     default = Path(__file__).parents[4] / "shared" / "data"
     file = Path(os.environ.get("FEDRACLORA_SHARED_DATA", default)) / "mnist.npz"
     if not file.is_file():
         reason = f"the full MNIST file is not at {file}; set FEDRACLORA_SHARED_DATA to its folder"
         (pytest.fail if os.environ.get("FEDRACLORA_REQUIRE_SHARED_DATA") else pytest.skip)(reason)
-    return load_mnist(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def shared_mnist(shared_file):
+    return load_mnist(shared_file)
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -161,6 +166,41 @@ def test_mnist_pixels_are_normalised_as_stated(tmp_path):
     np.testing.assert_allclose(dataset.test.inputs[:, 0].numpy(), expected, atol=1e-6)
     assert dataset.test.targets.tolist() == labels.tolist()
     assert dataset.train.inputs.dtype == torch.float32
+
+
+@given(digits=st.lists(st.integers(0, 9), min_size=1, max_size=10, unique=True))
+def test_chosen_digits_are_the_images_of_the_whole_set_with_their_places_as_labels(made_up_file, digits):
+    chosen, whole = mnist.build(mnist.Config(made_up_file, digits), seed=0), load_mnist(made_up_file)
+    assert chosen.num_outputs == len(digits)
+    for part, everything in ((chosen.train, whole.train), (chosen.test, whole.test)):
+        rows = torch.isin(everything.targets, torch.tensor(digits))
+        assert part.inputs.equal(everything.inputs[rows])
+        assert [digits[label] for label in part.targets] == everything.targets[rows].tolist()
+
+
+@pytest.fixture(scope="module")
+def made_up_file(tmp_path_factory):
+    return write_npz(tmp_path_factory.mktemp("mnist") / "mnist.npz")
+
+
+@pytest.mark.parametrize(
+    ("digits", "message"),
+    [
+        ([5, 10], r"digits=\[5, 10\]: \[10\] are no digits; name digits from 0 to 9"),
+        ([-1], r"\[-1\] are no digits"),
+        ([3, 4, 3], r"\[3\] are named twice; .*each once"),
+    ],
+)
+def test_what_are_no_digits_is_refused_before_anything_is_read(digits, message):
+    with pytest.raises(ValueError, match=message):
+        mnist.build(mnist.Config("nowhere.npz", digits), seed=0)
+
+
+def test_the_last_five_digits_of_full_mnist_have_their_published_counts(shared_mnist, shared_file):
+    last = mnist.build(mnist.Config(str(shared_file), [5, 6, 7, 8, 9]), seed=0)
+    assert torch.bincount(last.train.targets).tolist() == [5421, 5918, 6265, 5851, 5949]
+    assert torch.bincount(last.test.targets).tolist() == [892, 958, 1028, 974, 1009]
+    assert last.test.inputs.equal(shared_mnist.test.inputs[shared_mnist.test.targets >= 5])
 
 
 @pytest.mark.parametrize("compress", [False, True])
