@@ -27,6 +27,11 @@ MEANINGS = {
 
 def table_caption(table: pd.DataFrame) -> str:
     """Return the sentences that say how to read a comparison table."""
+    return " ".join(part for part in (metric_caption(table), target_caption(table)) if part)
+
+
+def metric_caption(table: pd.DataFrame) -> str:
+    """Return the sentences about spreads, budgets, metrics and the bytes of whole runs."""
     metric, budget = metric_of(table), format_number(float(table["budget_mib"].iloc[0]))
     uplink = format_number(float(table["uplink_budget_mib"].iloc[0]))
     origin = "the budget" if bool(table["is_budget_given"].iloc[0]) else "the smallest total that a run spent"
@@ -43,16 +48,21 @@ def table_caption(table: pd.DataFrame) -> str:
     ]
     if table["num_unfinished"].any():
         sentences.append("A run that diverged counts in it with its worst value from its last evaluation on.")
-    if targets_of(table):
-        sentences.append(
-            "What is needed to a target is counted up to the first evaluated round that reaches it. A seed that did "
-            "not reach it counts with at least what it had spent, and “n/m reached” says how many did; “> x” is the "
-            "least that the median can be where too few did to know it."
-        )
     sentences.append("Uplink, downlink and the catch-up in it are those of whole runs.")
     if metric != "accuracy":
         sentences.append("These runs report no accuracy, so accuracy targets do not apply.")
     return " ".join([*sentences, *(MEANINGS[name] for name in measured_in(table))])
+
+
+def target_caption(table: pd.DataFrame) -> str:
+    """Return the sentences about targets, or nothing where there are none."""
+    if not targets_of(table):
+        return ""
+    return (
+        "What is needed to a target is counted up to the first evaluated round that reaches it. A seed that did not "
+        "reach it counts with at least what it had spent, and “n/m reached” says how many did; “> x” is the least that "
+        "the median can be where too few did to know it."
+    )
 
 
 def paired_caption(table: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""The console command: `fedraclora run | compare | report | replay | doctor | credentials`."""
+"""The console command: `fedraclora run | compare | budget | report | replay | theory | doctor | credentials`."""
 
 import logging
 import sys
@@ -10,6 +10,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from experiments.budget import budget
+from experiments.budget_models import known_model, split_model
 from experiments.compare import compare
 from experiments.credentials import write_credentials
 from experiments.doctor import examine
@@ -18,7 +20,8 @@ from experiments.progress import Display, beside, start_logging
 from experiments.replay import replay
 from experiments.report import main_report
 from experiments.run import run
-from experiments.settings import CompareSettings, Settings
+from experiments.settings import BudgetSettings, CompareSettings, Settings
+from experiments.theory_page import write_theory
 from fedraclora.ledger import MIB
 from fedraclora.plugins import nearest
 
@@ -31,9 +34,11 @@ fedraclora: what accuracy does a byte buy? Federated RAC-LoRA and its rivals, ev
   fedraclora compare [KEY=VALUE ...]      methods x seeds on the same data: a table and report.html
   fedraclora run experiment=PRESET [KEY=VALUE ...]
                                           the same as compare experiment=PRESET: a preset is a comparison
+  fedraclora budget [KEY=VALUE ...]       what each method would send, and how long it would take; nothing is trained
   fedraclora report RUN... [out=PATH]     report.html from finished runs
   fedraclora replay RUN [export=PATH] [version=N]
                                           rebuild the model from its log and verify its digest
+  fedraclora theory [out=runs/theory]     the theorems and bounds against measurements, as one page of plots
   fedraclora doctor                       what works here: packages, runtimes, a round over the loopback interface
   fedraclora credentials OUT [clients=2] [hosts=localhost,127.0.0.1] [days=30]
                                           certificates and keys for trying a secured deployment out
@@ -42,9 +47,10 @@ Examples:
   fedraclora run method=rac_lora dataset=mnist_5k model=mlp rounds=20 num_clients=50 fraction=0.2 rank=8
   fedraclora compare "methods=[rac_lora,ffa_lora,fed_it,full]" seeds=3 budget_mib=50
   fedraclora compare experiment=demo
+  fedraclora budget model=roberta_base "methods=[rac_lora,fed_it,full]" num_clients=50 fraction=0.2 rounds=100 rank=8
   fedraclora run experiment=paper/mnist dataset.path=mnist.npz
 
-`fedraclora run --help` and `fedraclora compare --help` list every setting; --cfg job prints them as they
+`fedraclora run --help`, `compare --help` and `budget --help` list every setting; --cfg job prints them as they
 would be used, -m sweeps over a=1,2,3, and resume=true continues what was interrupted.
 """
 
@@ -59,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str], Console], None]] = {
         "run": _run,
         "compare": _compare,
+        "budget": _budget,
+        "theory": _theory,
         "report": _report,
         "replay": _replay,
         "doctor": _doctor,
@@ -107,6 +115,24 @@ def _run(arguments: list[str], console: Console) -> None:
 
 def _compare(arguments: list[str], console: Console) -> None:
     _hydra("compare", arguments, CompareSettings, lambda settings: compare(settings, console))
+
+
+def _budget(arguments: list[str], console: Console) -> None:
+    model, others = split_model(arguments)
+
+    def job(settings: BudgetSettings) -> None:
+        known, chosen = known_model(model, settings)
+        budget(chosen, known, console)
+
+    _hydra("budget", others, BudgetSettings, job)
+
+
+def _theory(arguments: list[str], console: Console) -> None:
+    others, options = _split(arguments, ("out",))
+    if others:
+        raise ValueError(f"theory takes only out=PATH; found {others}")
+    page = write_theory(Path(options.get("out", "runs/theory")), console)
+    console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _hydra(command: str, arguments: list[str], settings: type, job: Callable[[Any], object]) -> None:

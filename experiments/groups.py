@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.settings import CompareSettings, Settings
+from experiments.settings import BudgetSettings, CompareSettings, Settings
 from fedraclora.plugins import find, names, nearest
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -64,6 +64,7 @@ def _register_own() -> None:
     store = ConfigStore.instance()
     store.store(name="run_settings", node=Settings)
     store.store(name="compare_settings", node=CompareSettings)
+    store.store(name="budget_settings", node=BudgetSettings)
     for group, package in GROUPS.items():
         for name in names(package):
             store.store(group=group, name=name, node=named_config(group, name))

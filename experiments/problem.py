@@ -78,7 +78,7 @@ def prepare(settings: Settings) -> Problem:
     """Return the problem that the settings describe. Raises ValueError for anything that cannot be run."""
     _check_choices(settings)
     dataset = load_dataset(settings)
-    setup = _setup(settings, dataset)
+    setup = make_setup(settings, dataset)
     split = split_dataset(setup.partition, dataset, num_clients=settings.num_clients)
     model = setup.initial_model()
     check_no_tied_weights(model)
@@ -93,7 +93,7 @@ def prepare(settings: Settings) -> Problem:
     return problem
 
 
-def _setup(settings: Settings, dataset: Dataset) -> Setup:
+def make_setup(settings: Settings, dataset: Dataset) -> Setup:
     """Return what a client's machine is told of the run, but for the digest of the base."""
     model = ModelCard(
         name=settings.model.name,

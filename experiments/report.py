@@ -9,7 +9,7 @@ from statistics import median
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.captions import paired_caption, table_caption
+from experiments.captions import metric_caption, paired_caption, target_caption
 from experiments.curves import (
     LEAST_GAP,
     ROUND,
@@ -33,7 +33,7 @@ from experiments.pareto_figure import pareto_caption, pareto_figure
 from experiments.plots import bytes_figure, inline_svg, label_distribution_figure, segment_table
 from experiments.results import Runs, load_runs
 from experiments.styles import PALETTE, is_by_compressor, run_styles, variants_of
-from experiments.tables import comparison_table, paired_table, text_table
+from experiments.tables import comparison_table, paired_table, target_titles, text_table
 from experiments.target_figure import reach_caption, reach_figure, reaches_of
 
 # A title that would name more methods than this counts them.
@@ -101,24 +101,30 @@ def write_report(  # noqa: PLR0913 - each is said by the caller, and none belong
 
 
 def _comparison_section(runs: Runs, table: pd.DataFrame, refused: Mapping[str, str]) -> str:
-    text = text_table(table)
+    """Return the numbers in two tables, since one with several targets is too wide to read."""
+    text, titles = text_table(table), [title for title, _, _ in target_titles(table)]
+    parts = [_numbers(runs, text.drop(columns=titles), metric_caption(table), refused)]
+    if titles:
+        parts.append("<h3>What the targets cost</h3>")
+        parts.append(_numbers(runs, text[["method", "seeds", *titles]], target_caption(table), {}))
+    cautions = _cautions(runs)
+    return "".join(parts) + (f"<h3>Read with care</h3>{html_list(cautions)}" if cautions else "")
+
+
+def _numbers(runs: Runs, text: pd.DataFrame, caption: str, refused: Mapping[str, str]) -> str:
+    """Return a table of methods, each with its colour, and of those that have no run, with the reason."""
     rows = [[str(cell) for cell in row] for row in text.itertuples(index=False)]
     rows += [[method, reason] for method, reason in refused.items()]
     colors = {method: style.color for method, style in run_styles(runs).items()}
-    cautions = _cautions(runs)
-    notes = f"<h3>Read with care</h3>{html_list(cautions)}" if cautions else ""
-    numbers = html_table(list(text.columns), rows, caption=table_caption(table), colors=colors)
-    return f'<div class="wide">{numbers}</div>{notes}'
+    return f'<div class="wide">{html_table(list(text.columns), rows, caption=caption, colors=colors)}</div>'
 
 
 def _paired_section(runs: Runs, table: pd.DataFrame) -> str:
     pairs = paired_table(table)
     if pairs.empty:
         return ""
-    rows = [[str(cell) for cell in row] for row in pairs.itertuples(index=False)]
-    colors = {method: style.color for method, style in run_styles(runs).items()}
-    numbers = html_table(list(pairs.columns), rows, caption=paired_caption(table), colors=colors)
-    return f'<h2>Seed by seed, against {escape(reference_in(table))}</h2><div class="wide">{numbers}</div>'
+    title = f"<h2>Seed by seed, against {escape(reference_in(table))}</h2>"
+    return title + _numbers(runs, pairs, paired_caption(table), {})
 
 
 def _target_section(runs: Runs, table: pd.DataFrame) -> str:

@@ -79,9 +79,8 @@ def text_table(table: pd.DataFrame) -> pd.DataFrame:
     text[f"{metric} at {budget} MiB{unit}"] = _metric_cells(table, f"{metric}_at_budget", metric)
     for way in WAYS:
         text[f"mean {metric} over {way}{unit}"] = _metric_cells(table, f"mean_{metric}_over_{way}", metric)
-    for target in targets_of(table):
-        for column in costs_in(table):
-            text[f"{column.title} to {format_target(target)}"] = _target_cells(table, column, target)
+    for title, column, target in target_titles(table):
+        text[title] = _target_cells(table, column, target)
     text[f"final {metric}{unit}"] = _metric_cells(table, f"final_{metric}", metric)
     for name in measured_in(table):
         kind, unit = ("accuracy", ", %") if name == "personal_accuracy" else (name, "")
@@ -94,6 +93,15 @@ def text_table(table: pd.DataFrame) -> pd.DataFrame:
     text["rounds"] = table["num_rounds_median"].map(format_number)
     text["s a round"] = table["round_s_median"].map(format_number)
     return text
+
+
+def target_titles(table: pd.DataFrame) -> list[tuple[str, Column, str]]:
+    """Return the titles of the columns of `text_table` about targets, with their cost and their target."""
+    return [
+        (f"{column.title} to {format_target(target)}", column, target)
+        for target in targets_of(table)
+        for column in costs_in(table)
+    ]
 
 
 def _metric_cells(table: pd.DataFrame, name: str, metric: str) -> list[str]:

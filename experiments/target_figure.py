@@ -77,7 +77,9 @@ def reach_caption(reach: Reach) -> str:
 def reach_figure(reach: Reach, styles: Mapping[str, MethodStyle]) -> Figure:
     """Return a row of dots a method, one a seed, and the median over seeds or the least that it can be."""
     with drawing_style():
-        figure = Figure(figsize=(WIDTH_IN, 0.9 + 0.27 * len(reach.needs)), layout="constrained")
+        # Many seeds need more room not to hide one another.
+        height = 0.27 + 0.02 * max(0, max(map(len, reach.needs.values())) - 4)
+        figure = Figure(figsize=(WIDTH_IN, 0.9 + height * len(reach.needs)), layout="constrained")
         axes = figure.add_subplot()
         for row, (method, needs) in enumerate(reach.needs.items()):
             _draw_seeds(axes, row, needs, styles[method])

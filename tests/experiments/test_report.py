@@ -13,15 +13,29 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
 from matplotlib.image import imread
 from rich.console import Console
 
-from experiments.curves import LEAST_GAP, ROUND, UPLINK, Curve, Guides, curve_figure, gap_figure, median_and_range
+from experiments.captions import table_caption
+from experiments.curves import (
+    LEAST_GAP,
+    ROUND,
+    UPLINK,
+    Curve,
+    Guides,
+    curve_figure,
+    gap_figure,
+    median_and_range,
+    time_axis,
+)
 from experiments.headline import headline
 from experiments.plots import label_distribution_figure, save_png
 from experiments.report import main_report, write_report
 from experiments.results import load_runs
+from experiments.styles import run_styles
 from experiments.tables import comparison_table, render_table, text_table
+from experiments.target_figure import reach_caption, reach_figure, reaches_of
 from tests.made_runs import MIB, Made, climb, make_runs, write_run
 
 INT8 = {"method": {"name": "rac_lora"}, "uplink": {"name": "int8"}}
@@ -396,3 +410,125 @@ def test_png_of_a_figure_is_white_behind_the_bars(tmp_path):
     figure = label_distribution_figure(pd.DataFrame({"partition": [0, 1], "cat": [3, 0], "dog": [1, 2]}))
     save_png(figure, tmp_path / "labels.png")
     assert imread(tmp_path / "labels.png")[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_nothing_takes_the_best_round(tmp_path):
+    """A run that was good for one round, and is bad at its end, is bad: only the first crossing of a target saw it."""
+    runs = make_runs(tmp_path, Made("m", [0.1, 0.9, 0.2, 0.3]), Made("n", [0.1, 0.2, 0.2, 0.3]))
+    table = comparison_table(runs, targets=[0.85], budget_mib=None).set_index("method")
+    assert table.loc["m", "final_accuracy_max"] == table.loc["m", "accuracy_at_budget_max"] == 0.3
+    of_targets = [column for column in table if "_to_" in column or column.startswith("num_reached")]
+    assert 0.9 not in table.drop(columns=of_targets).loc["m"].tolist()
+
+
+def test_quartiles_stand_beside_the_range_where_there_are_seeds_enough_for_them(tmp_path):
+    ends = [0.5, 0.9, 0.6, 0.8]
+    mades = [Made("m", [0.1, end, end], seed=seed) for seed, end in enumerate(ends)]
+    table = comparison_table(make_runs(tmp_path / "four", *mades), targets=[0.55], budget_mib=None)
+    # Linear between neighbours: 0.5, 0.6, 0.8, 0.9 at 0, 1/3, 2/3 and 1.
+    parts = [table[f"final_accuracy_{part}"].item() for part in ("min", "q25", "median", "q75", "max")]
+    assert parts == pytest.approx([0.5, 0.575, 0.7, 0.825, 0.9])
+    text = text_table(table)
+    assert text["final accuracy, %"].item() == "70.0 (50.0 to 90.0; IQR 57.5 to 82.5)"
+    # One MiB where it was reached, and at least two where not: a quarter of the seeds needs more than 1.25.
+    assert text["uplink MiB to 55 %"].item() == "1 (3/4 reached; IQR 1 to > 1.25)"
+    assert "IQR" in table_caption(table)
+    three = comparison_table(make_runs(tmp_path / "three", *mades[:3]), targets=[0.55], budget_mib=None)
+    assert not any("IQR" in cell for cell in text_table(three).iloc[0])
+    assert "IQR" not in table_caption(three)
+
+
+def test_a_median_that_is_only_bounded_is_shown_with_its_bounds(tmp_path):
+    # One MiB a round: 1, at least 2, and 4, so the median lies between 2 and 4.
+    mades = [Made("m", [0.1, 0.9]), Made("m", [0.1, 0.2, 0.2], seed=1), Made("m", [0.1, 0.2, 0.2, 0.2, 0.9], seed=2)]
+    table = comparison_table(make_runs(tmp_path, *mades), targets=[0.8], budget_mib=None)
+    assert table[["uplink_mib_to_0.8_median", "uplink_mib_to_0.8_median_at_most"]].iloc[0].tolist() == [2.0, 4.0]
+    assert bool(table["uplink_mib_to_0.8_is_lower_bound"].item())
+    assert text_table(table)["uplink MiB to 80 %"].item() == "> 2 (2/3 reached; at most 4)"
+
+
+def test_the_terminal_says_of_many_methods_how_many_seeds_reached_a_target(tmp_path):
+    mades = [*many(6), Made("m", [0.1, 0.9, 0.9], seed=0), Made("m", [0.1, 0.2], seed=1)]
+    rendered = render_table(comparison_table(make_runs(tmp_path, *mades), targets=[0.8], budget_mib=None))
+    columns = {str(column.header): list(column.cells) for column in rendered.columns}
+    assert columns["uplink MiB to 80 %"][-1] == "> 1, 1/2"
+
+
+def test_time_to_a_target_is_counted_and_censored_as_bytes_are_where_time_is_simulated(tmp_path):
+    # Round 0 takes its time, too: half an hour a round, and the target in the second and the third round.
+    mades = [
+        Made("m", [0.1, 0.2, 0.9], seed=0, seconds=1800.0),
+        Made("m", [0.1, 0.2, 0.2, 0.9], seed=1, seconds=1800.0),
+    ]
+    mades += [
+        Made("m", [0.1] * 9, seed=2, seconds=1800.0),
+        Made("n", [0.1] * 3, seconds=1800.0),
+        Made("old", [0.1, 0.9]),
+    ]
+    table = comparison_table(make_runs(tmp_path, *mades), targets=[0.8], budget_mib=None).set_index("method")
+    assert table.loc["m", "simulated_s_to_0.8_median"] == 4 * 1800.0
+    assert (table.loc["m", "simulated_s_to_0.8_max"], table.loc["m", "num_reached_0.8"]) == (9 * 1800.0, 2)
+    assert table["simulated_s_to_0.8_is_lower_bound"].tolist() == [False, True, False]
+    cells = text_table(table.reset_index())["simulated hours to 80 %"].tolist()
+    assert cells == ["2 (2/3 reached)", "> 1.5 (0/1 reached)", "-"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(0.5, "seconds"), (59.0, "seconds"), (60.0, "minutes"), (3600.0, "hours")]
+)
+def test_the_axis_of_time_has_the_largest_unit_of_which_the_longest_run_took_two(tmp_path, seconds, unit):
+    runs = make_runs(tmp_path, Made("m", [0.1, 0.9], seconds=seconds), Made("old", [0.1, 0.9]))
+    axis = time_axis(runs)
+    assert axis.label == f"simulated time, {unit}"
+    axes = curve_figure(runs, axis, Guides(), front=()).axes[0]
+    assert {text.get_text() for text in axes.texts} == {"m"}
+    drawn = [line for line in axes.get_lines() if line.get_drawstyle() == "steps-post"]
+    assert drawn[0].get_xdata().tolist() == pytest.approx([seconds / axis.unit, 2 * seconds / axis.unit])
+
+
+def test_the_page_has_time_only_where_some_run_simulates_it(tmp_path, compared):
+    assert "simulated" not in (compared[1] / "r.html").read_text()
+    assert time_axis(compared[0]) is None
+    runs = make_runs(tmp_path, Made("m", [0.1, 0.9], seconds=60.0), Made("old", [0.1, 0.9]))
+    write_report(runs, tmp_path / "r.html", title="t", targets=[0.8], budget_mib=None, refused={})
+    page = (tmp_path / "r.html").read_text()
+    for shown in ("simulated minutes to 80", 'id="time-', 'id="reach-time-', "Without simulated devices: old."):
+        assert shown in page
+
+
+def test_the_page_pairs_the_methods_with_full_and_says_so(compared):
+    page = (compared[1] / "r.html").read_text()
+    for shown in ("Seed by seed, against full", "uplink to 85&nbsp;% over that of full", "ahead in 3 of 3; p 0.25"):
+        assert shown in page
+
+
+def test_of_every_target_there_is_a_dot_for_each_seed_hollow_and_with_an_arrow_where_it_was_not_reached(tmp_path):
+    mades = [
+        Made("a", [0.1, 0.9]),
+        Made("a", [0.1, 0.2, 0.2], seed=1),
+        Made("b", [0.1, 0.2, 0.9]),
+        Made("c", [0.1, 0.9]),
+    ]
+    runs = make_runs(tmp_path, *mades)
+    table = comparison_table(runs, targets=[0.8, 0.95], budget_mib=None)
+    uplink, total = reaches_of(runs, table)
+    assert (uplink.target, total.way) == ("0.8", "total")
+    axes = reach_figure(uplink, run_styles(runs)).axes[0]
+    dots = [line for line in axes.get_lines() if line.get_marker() not in ("None", "", None)]
+    shown = sorted((float(dot.get_xdata()[0]), to_rgba(dot.get_markerfacecolor())[3] == 0) for dot in dots)
+    assert shown == [(1.0, False), (1.0, False), (2.0, False), (2.0, True)]
+    medians = [line for line in axes.get_lines() if line not in dots]
+    assert [line.get_xdata()[0] for line in medians] == [1.5, 2.0, 1.0]
+    assert [line.get_linestyle() == "-" for line in medians] == [False, True, True]
+    # One of the seed, and one of the median, which it may push.
+    assert sum(getattr(text, "arrow_patch", None) is not None for text in axes.texts) == 2
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a, 1/2", "b", "c"]
+    assert "Hollow" in reach_caption(uplink)
+
+
+def test_a_target_that_no_seed_reached_has_no_figure_and_a_free_one_has_a_place(tmp_path):
+    runs = make_runs(tmp_path, Made("a", [0.5, 0.6]), Made("b", [0.1, 0.6]))
+    assert reaches_of(runs, comparison_table(runs, targets=[0.9], budget_mib=None)) == []
+    reach = reaches_of(runs, comparison_table(runs, targets=[0.5], budget_mib=None))[0]
+    assert reach_figure(reach, run_styles(runs)).axes[0].get_xscale() == "linear"
+    assert "Hollow" not in reach_caption(reach)

@@ -1,0 +1,122 @@
+"""The models of `fedraclora budget`: whatever follows `model=`, as a module whose numbers nobody needs.
+
+A preset of shapes (`experiments/conf/shapes`), a YAML file of such shapes, one of the project's models or a plug-in of
+one's own, or the dotted path of anything that gives an `nn.Module` when called.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from experiments.forecast import Known
+from experiments.groups import CONF, GROUPS
+from experiments.problem import load_dataset, make_setup
+from experiments.settings import BudgetSettings
+from fedraclora.plugins import CONTRACT, find, names, nearest
+from fedraclora.setup import split_dataset
+from fedraclora.shapes import META, module_of_shapes
+
+SHAPES = CONF / "shapes"
+YAML = (".yaml", ".yml")
+TARGETS = "targets"
+
+
+def shape_presets() -> list[str]:
+    """Return the names of the models that are here as shapes."""
+    return sorted(path.stem for path in SHAPES.glob("*.yaml"))
+
+
+def split_model(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the model that is no plug-in, as text, and the other arguments; None where it is a plug-in, or none."""
+    chosen = [item.partition("=")[2] for item in arguments if item.startswith("model=")]
+    if not chosen or _is_plugin(chosen[-1]):
+        return None, list(arguments)
+    return chosen[-1], [item for item in arguments if not item.startswith("model=")]
+
+
+def known_model(text: str | None, settings: BudgetSettings) -> tuple[Known, BudgetSettings]:
+    """Return what is known of the model, and the settings with the targets that it names where they name none.
+
+    `text` is what `split_model` gave; without it the model is the settings' plug-in, built for their data set, whose
+    split tells each client's examples. Raises ValueError for what gives no model.
+    """
+    if text is None:
+        return _plugin_model(settings), settings
+    if text in shape_presets():
+        return _model_of_shapes(SHAPES / f"{text}.yaml", settings)
+    if text.endswith(YAML):
+        return _model_of_shapes(Path(text), settings)
+    if "." in text:
+        return Known(_called(text)), settings
+    valid = [*shape_presets(), *names(GROUPS["model"])]
+    raise ValueError(f"model={text!r} is no model; {nearest(text, valid)}; or a YAML file of shapes, or a dotted path")
+
+
+def _is_plugin(text: str) -> bool:
+    if text in names(GROUPS["model"]):
+        return True
+    if "." not in text or text.endswith(YAML):
+        return False
+    try:
+        return all(hasattr(importlib.import_module(text), name) for name in CONTRACT)
+    except ImportError:
+        return False
+
+
+def _plugin_model(settings: BudgetSettings) -> Known:
+    dataset = load_dataset(settings)
+    setup = make_setup(settings, dataset)
+    plugin: Any = find(GROUPS["model"], settings.model.name)
+    shape, outputs = dataset.input_shape, dataset.num_outputs
+    module = _on_meta(lambda: plugin.build(settings.model, input_shape=shape, num_outputs=outputs))
+    split = split_dataset(setup.partition, dataset, num_clients=settings.num_clients)
+    return Known(module, [len(rows) for rows in split.indices])
+
+
+def _model_of_shapes(path: Path, settings: BudgetSettings) -> tuple[Known, BudgetSettings]:
+    if not path.is_file():
+        raise ValueError(f"model={path}: there is no such file; the models here are {', '.join(shape_presets())}")
+    description = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(description, dict):
+        raise ValueError(f"model={path} holds no mapping; expected layers, tensors and targets")
+    found = {str(key): value for key, value in description.items()}
+    try:
+        module = module_of_shapes(found)
+    except ValueError as error:
+        raise ValueError(f"model={path.name}: {error}") from error
+    targets = found.get(TARGETS, settings.targets) if settings.targets == "all" else settings.targets
+    return Known(module), replace(settings, targets=targets)
+
+
+def _called(path: str) -> nn.Module:
+    """Return what the callable at a dotted path gives."""
+    owner, _, name = path.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(owner), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model={path} cannot be imported: {error}") from error
+    if not callable(make):
+        raise ValueError(f"model={path} is a {type(make).__name__}; expected a function or class that gives a module")
+    try:
+        return _on_meta(make)
+    except TypeError as error:
+        raise ValueError(
+            f"model={path} cannot be called without arguments ({error}); name a function of yours that gives the module"
+        ) from error
+
+
+def _on_meta(make: Callable[[], Any]) -> nn.Module:
+    """Return what `make` gives, made without numbers where its constructor can be run so."""
+    try:
+        with META:
+            module = make()
+    except (NotImplementedError, RuntimeError):
+        module = make()
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"a model has to be a torch.nn.Module; found {type(module).__name__}")
+    return module.to(META)
