@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format mutations bench build clean
+.PHONY: help install demo test test-slow check format mutations bench figures build clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ mutations: install ## Break the code in known ways; each must make a test fail
 
 bench: install ## Measure the time of one round
 	$(BIN)/python -m experiments.benchmarks.round_time
+
+figures: install ## Draw the figures of the README and docs again, from the data in experiments/results
+	$(BIN)/python -m experiments.figures
 
 build: install ## Build the wheel into dist
 	$(BIN)/python -m build --wheel --no-isolation

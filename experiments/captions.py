@@ -47,7 +47,7 @@ def metric_caption(table: pd.DataFrame) -> str:
         "after the end of a run that of its last one.",
     ]
     if table["num_unfinished"].any():
-        sentences.append("A run that diverged counts in it with its worst value from its last evaluation on.")
+        sentences.append("A run that diverged shortens neither, and has its worst value from its last evaluation on.")
     sentences.append("Uplink, downlink and the catch-up in it are those of whole runs.")
     if metric != "accuracy":
         sentences.append("These runs report no accuracy, so accuracy targets do not apply.")

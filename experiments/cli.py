@@ -21,6 +21,7 @@ from experiments.replay import replay
 from experiments.report import main_report
 from experiments.run import run
 from experiments.settings import BudgetSettings, CompareSettings, Settings
+from experiments.stored import is_stored, read_runs, store
 from experiments.theory_page import write_theory
 from fedraclora.ledger import MIB
 from fedraclora.plugins import nearest
@@ -35,7 +36,9 @@ fedraclora: what accuracy does a byte buy? Federated RAC-LoRA and its rivals, ev
   fedraclora run experiment=PRESET [KEY=VALUE ...]
                                           the same as compare experiment=PRESET: a preset is a comparison
   fedraclora budget [KEY=VALUE ...]       what each method would send, and how long it would take; nothing is trained
-  fedraclora report RUN... [out=PATH]     report.html from finished runs
+  fedraclora report RUN... [out=PATH] [store=PATH]
+                                          report.html from finished runs; store: their rounds as small data,
+                                          from which `report PATH` makes the page again
   fedraclora replay RUN [export=PATH] [version=N]
                                           rebuild the model from its log and verify its digest
   fedraclora theory [out=runs/theory]     the theorems and bounds against measurements, as one page of plots
@@ -166,18 +169,20 @@ def _hydra(command: str, arguments: list[str], settings: type, job: Callable[[An
 
 
 def _report(arguments: list[str], console: Console) -> None:
-    runs, options = _split(arguments, ("out",))
-    if not runs:
-        raise ValueError("name the folders of finished runs: fedraclora report RUN... [out=PATH]")
-    folders = [found for run_folder in runs for found in _run_folders(Path(run_folder))]
-    out = Path(options.get("out", Path(runs[0]) / "report.html"))
-    main_report(folders, out)
+    folders, options = _split(arguments, ("out", "store"))
+    if not folders:
+        raise ValueError("name the folders of finished runs: fedraclora report RUN... [out=PATH] [store=PATH]")
+    runs = read_runs([found for folder in folders for found in _run_folders(Path(folder))])
+    if "store" in options:
+        store(runs, Path(options["store"]))
+    out = Path(options.get("out", Path(folders[0]) / "report.html"))
+    main_report(runs, out)
     console.print(f"report: {out}")
 
 
 def _run_folders(folder: Path) -> list[Path]:
     """Return the run in a folder, or all runs of the comparison in it, in its order of methods (tuning left out)."""
-    if (folder / "summary.json").exists() or not (folder / "settings.yaml").exists():
+    if is_stored(folder) or (folder / "summary.json").exists() or not (folder / "settings.yaml").exists():
         return [folder]
     settings = OmegaConf.to_container(OmegaConf.load(folder / "settings.yaml"))
     methods = settings.get("methods", []) if isinstance(settings, dict) else []

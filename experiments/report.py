@@ -31,7 +31,7 @@ from experiments.page import html_figure, html_list, html_page, html_table
 from experiments.pareto import DIRECTION_NAMES, Trade, trade_of
 from experiments.pareto_figure import pareto_caption, pareto_figure
 from experiments.plots import bytes_figure, inline_svg, label_distribution_figure, segment_table
-from experiments.results import Runs, load_runs
+from experiments.results import Runs
 from experiments.styles import PALETTE, is_by_compressor, run_styles, variants_of
 from experiments.tables import comparison_table, paired_table, target_titles, text_table
 from experiments.target_figure import reach_caption, reach_figure, reaches_of
@@ -51,12 +51,11 @@ KEPT_CAPTION = (
 )
 
 
-def main_report(folders: Sequence[Path], out: Path) -> None:
+def main_report(runs: Runs, out: Path) -> None:
     """Write the report of finished runs to the file `out`, with the targets and the budget of the first run's settings.
 
     `refused.json` and `tuning.csv` are taken from the folder of `out` where they lie there.
     """
-    runs = load_runs(folders)
     first = runs.settings[0]
     refused_file = out.parent / "refused.json"
     refused = json.loads(refused_file.read_text(encoding="utf-8")) if refused_file.is_file() else {}

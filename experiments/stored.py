@@ -5,13 +5,14 @@ A stored comparison is a folder with three files: `rounds.csv.gz` (every run's r
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from experiments.results import Runs
+from experiments.results import Runs, load_runs
 from fedraclora.files import write_atomically
 
 ROUNDS, LEDGER, ABOUT = "rounds.csv.gz", "ledger.csv", "runs.json"
@@ -31,8 +32,8 @@ def store(runs: Runs, folder: Path) -> None:
     """Write a comparison's runs as small data. The same runs give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     rounds = runs.rounds.dropna(axis="columns", how="all")
-    floats = rounds.select_dtypes("float").columns
-    rounds = rounds.assign(**{name: rounds[name].map(_rounded) for name in floats})
+    for name in rounds.select_dtypes("float").columns:
+        rounds[name] = rounds[name].map(_rounded)
     # No time stamp, so that data that did not change is no change.
     rounds.to_csv(folder / ROUNDS, index=False, compression={"method": "gzip", "mtime": 0})
     runs.ledger.to_csv(folder / LEDGER, index=False)
@@ -44,6 +45,14 @@ def store(runs: Runs, folder: Path) -> None:
         "settings": [{key: value for key, value in each.items() if key not in shared} for each in settings],
     }
     write_atomically(folder / ABOUT, (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_runs(folders: Sequence[Path]) -> Runs:
+    """Return the runs of finished runs' folders, or of stored comparisons. Raises ValueError for both at once."""
+    stored = [folder for folder in folders if is_stored(folder)]
+    if stored and len(stored) < len(folders):
+        raise ValueError(f"{stored[0]} is a stored comparison; give such folders, or those of runs, not both")
+    return load_stored(folders) if stored else load_runs(folders)
 
 
 def load_stored(folders: Sequence[Path]) -> Runs:
@@ -72,7 +81,7 @@ def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rounded(value: float) -> float:
-    return value if pd.isna(value) else float(f"{value:.{DIGITS}g}")
+    return value if math.isnan(value) else float(f"{value:.{DIGITS}g}")
 
 
 def _has(settings: dict[str, Any], key: str, value: object) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from experiments.styles import FOREGROUND, GRID, WIDTH_IN, MethodStyle, drawing_style, method_styles
 from fedraclora.seeding import derive_seed, generator
 from fedraclora.sketch import LAWS, SketchKey, draw
+from fedraclora.theory import projector, raw_step
 
 Array = NDArray[np.float64]
 
@@ -42,14 +43,6 @@ def law_table(draws: int = 1500, *, dim: int = DIM, ranks: Sequence[int] = RANKS
     return pd.DataFrame(rows, columns=["law", "rank", "dim", "draws", "low", "high", "sure", "mean"])
 
 
-def plain_step_bound(rank: int, dim: int) -> float:
-    """Return the best step for plain gradients on B under `raw`, A of N(0, 1) entries, in units of 1/L (derived here).
-
-    E[A^T A] = r I and E[(A^T A)^2] = r (r + n + 1) I, so that it is 1 / (r + n + 1).
-    """
-    return 1 / (rank + dim + 1)
-
-
 def _factors(law: str, rank: int, dim: int, draws: int) -> Array:
     """Return `draws` factors A, `[draws, rank, dim]`, links 0, 1, ... of one run."""
     if law == UNCENTRED:
@@ -60,9 +53,8 @@ def _factors(law: str, rank: int, dim: int, draws: int) -> Array:
 
 def _measures(A: Array) -> tuple[float, float, float, float]:
     transposed = A.transpose(0, 2, 1)
-    H = transposed @ np.linalg.pinv(A @ transposed, hermitian=True) @ A
     P = transposed @ A
-    eigenvalues = np.linalg.eigvalsh(H.mean(0))
+    eigenvalues = np.linalg.eigvalsh(projector(A).mean(0))
     sure = 1 / np.linalg.eigvalsh(A @ transposed)[:, -1]
     best = np.trace(P.mean(0)) / np.trace((P @ P).mean(0))
     return float(eigenvalues[0]), float(eigenvalues[-1]), float(np.quantile(sure, RARE)), float(best)
@@ -109,7 +101,7 @@ def step_figure(table: pd.DataFrame) -> Figure:
             axes.set_title(title, fontsize=9, loc="left")
             _scale_steps(axes, table)
         dim, ranks = int(table["dim"].iloc[0]), sorted(table["rank"].unique())
-        bound = [plain_step_bound(rank, dim) for rank in ranks]
+        bound = [raw_step(1.0, rank, dim) for rank in ranks]
         panels[1].plot(ranks, bound, color=FOREGROUND, linestyle="--", linewidth=0.9, label="raw, derived: 1/(r+n+1)")
         panels[1].set_xlabel("r / n")
         handles, labels = panels[1].get_legend_handles_labels()
@@ -131,3 +123,9 @@ def _scale_steps(axes: Axes, table: pd.DataFrame) -> None:
     axes.axhline(1.0, color=GRID, linewidth=0.9, linestyle=":")
     axes.annotate("projected step", (ranks[-1], 1.0), (0, 3), textcoords="offset points", ha="right", fontsize=8)
     axes.set_ylim(top=2.5)
+
+
+def orthonormal_rows(draws: np.random.Generator, batch: tuple[int, ...], rank: int, dim: int) -> Array:
+    """Return factors A `[*batch, rank, dim]` with orthonormal rows, uniform among those, so that H = A^T A."""
+    columns, _ = np.linalg.qr(draws.normal(size=(*batch, dim, rank)))
+    return np.ascontiguousarray(columns.swapaxes(-1, -2))

@@ -16,6 +16,7 @@ from fedraclora.ledger import DOWN
 from fedraclora.local_config import LocalConfig
 from fedraclora.seeding import derive_seed
 from fedraclora.targets import MatrixShape
+from fedraclora.theory import break_even_links, expected_catch_up
 from strategies.dry_run import DryRun
 from strategies.method import Adapter
 from strategies.rac_lora import Config, build
@@ -37,25 +38,15 @@ def downlink_table(
     """Return the floats that a participating client is sent a round: columns rank, fraction, seed, measured, formula.
 
     `measured` is the mean over the second half of the rounds, when all that a client can lack has been closed, by the
-    project's own rules and byte counts (`DryRun`); `formula` is `expected_downlink`.
+    project's own rules and byte counts (`DryRun`); `formula` is `fedraclora.theory.expected_catch_up`.
     """
     rows = [
-        (rank, fraction, seed, _downlink(shape, rank, fraction, seed), expected_downlink(shape, rank, fraction))
+        (rank, fraction, seed, _downlink(shape, rank, fraction, seed), _expected(shape, rank, fraction))
         for rank in ranks
         for fraction in fractions
         for seed in range(seeds)
     ]
     return pd.DataFrame(rows, columns=["rank", "fraction", "seed", "measured", "formula"])
-
-
-def expected_downlink(shape: MatrixShape, rank: int, fraction: float) -> float:
-    """Return m r (1 - (1 - p)^(n / r)) / p, the expected downlink of a participant in floats (derived here).
-
-    It lacks as many links as rounds have passed since it last took part, a geometric number, and gets n / r of them
-    or the whole m x n weight, whichever is less. n / r is rounded down.
-    """
-    cap = shape.in_ // rank
-    return shape.out * rank * (1 - (1 - fraction) ** cap) / fraction
 
 
 def _downlink(shape: MatrixShape, rank: int, fraction: float, seed: int) -> float:
@@ -69,6 +60,10 @@ def _downlink(shape: MatrixShape, rank: int, fraction: float, seed: int) -> floa
     return sent / FLOAT_BYTES / sum(report.num_clients for report in reports)
 
 
+def _expected(shape: MatrixShape, rank: int, fraction: float) -> float:
+    return expected_catch_up((shape.out, shape.in_), rank, fraction)
+
+
 def downlink_figure(table: pd.DataFrame, *, shape: MatrixShape = LAYER) -> Figure:
     """Return the downlink of a participant against the participation, a line a rank, from `downlink_table`."""
     ranks = sorted(table["rank"].unique())
@@ -78,13 +73,13 @@ def downlink_figure(table: pd.DataFrame, *, shape: MatrixShape = LAYER) -> Figur
         axes = figure.add_subplot()
         for rank, style in zip(ranks, method_styles([str(rank) for rank in ranks]).values(), strict=True):
             rows = table[table["rank"] == rank]
-            formula = [expected_downlink(shape, rank, value) for value in p]
-            axes.plot(p, formula, color=style.color, linewidth=1.2, label=f"r = {rank}, n/r = {shape.in_ // rank}")
+            formula = [_expected(shape, rank, value) for value in p]
+            axes.plot(p, formula, color=style.color, linewidth=1.2, label=f"r = {rank}, n/r = {break_even_links(shape.in_, rank):g}")
             axes.plot(rows["fraction"], rows["measured"], style.marker, color=style.color, markersize=5, alpha=0.8)
             axes.axhline(shape.out * rank, color=style.color, linewidth=0.9, linestyle=":")
-            even = rank / shape.in_
+            even = 1 / break_even_links(shape.in_, rank)
             if even >= p[0]:
-                place = expected_downlink(shape, rank, even)
+                place = _expected(shape, rank, even)
                 axes.plot([even, even], [place / 1.6, place * 1.6], color=style.color, linewidth=1.2)
         whole = shape.out * shape.in_
         axes.axhline(whole, color=FOREGROUND, linewidth=0.9, linestyle="--")

@@ -333,7 +333,7 @@ def test_main_report_takes_targets_budget_refusals_and_tuning_from_beside_the_ru
     (tmp_path / "tuning.csv").write_text(
         "method,lr,score,is_best,is_interior\nm,0.125,0.9,True,True\nm,8,,False,True\n"
     )
-    main_report([folder], tmp_path / "report.html")
+    main_report(load_runs([folder]), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     for shown in ("75 %", "accuracy at 4 MiB", "no round affordable", "0.125", "not known"):
         assert shown in page
@@ -348,7 +348,7 @@ def test_page_warns_of_interrupted_runs_unequal_seeds_and_unequal_splits(tmp_pat
     ]
     summary = json.loads((folders[2] / "summary.json").read_text())
     (folders[2] / "summary.json").write_text(json.dumps(summary | {"split_digest": "other"}))
-    main_report(folders, tmp_path / "report.html")
+    main_report(load_runs(folders), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "a, seed 0: interrupted after round 1." in page
     assert "The methods ran with different seeds: a 0, 1; b 0." in page
@@ -417,6 +417,7 @@ def test_nothing_takes_the_best_round(tmp_path):
     runs = make_runs(tmp_path, Made("m", [0.1, 0.9, 0.2, 0.3]), Made("n", [0.1, 0.2, 0.2, 0.3]))
     table = comparison_table(runs, targets=[0.85], budget_mib=None).set_index("method")
     assert table.loc["m", "final_accuracy_max"] == table.loc["m", "accuracy_at_budget_max"] == 0.3
+    assert table.loc["n", "final_accuracy_difference_max"] == 0.0
     of_targets = [column for column in table if "_to_" in column or column.startswith("num_reached")]
     assert 0.9 not in table.drop(columns=of_targets).loc["m"].tolist()
 

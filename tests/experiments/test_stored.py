@@ -6,9 +6,11 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
+from experiments.figures import figures
+from experiments.report import main_report
 from experiments.results import load_runs
 from experiments.run import run
-from experiments.stored import ABOUT, LEDGER, ROUNDS, is_stored, load_stored, store
+from experiments.stored import ABOUT, LEDGER, ROUNDS, is_stored, load_stored, read_runs, store
 from experiments.tables import comparison_table
 from tests.helpers import Silent, settings
 
@@ -68,3 +70,24 @@ def test_a_folder_without_one_is_named(tmp_path):
         load_stored([tmp_path])
     (tmp_path / ABOUT).write_text(json.dumps({}))
     assert is_stored(tmp_path)
+
+
+def test_runs_and_stored_comparisons_are_read_alike_but_not_together(runs, tmp_path):
+    store(runs, tmp_path / "kept")
+    assert read_runs([tmp_path / "kept"]).summaries == runs.summaries
+    with pytest.raises(ValueError, match="not both"):
+        read_runs([tmp_path / "kept", tmp_path])
+
+
+def test_the_report_of_stored_runs_is_that_of_the_runs(runs, tmp_path):
+    store(runs, tmp_path / "kept")
+    for name, found in {"a": runs, "b": read_runs([tmp_path / "kept"])}.items():
+        (tmp_path / name).mkdir()
+        main_report(found, tmp_path / name / "report.html")
+    tables = [pd.read_csv(tmp_path / name / "comparison.csv") for name in "ab"]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-5)
+
+
+def test_every_figure_of_a_comparison_is_drawn_from_stored_runs(runs, tmp_path):
+    store(runs, tmp_path / "kept")
+    assert list(figures(read_runs([tmp_path / "kept"]))) == ["front_uplink", "front_total", "uplink", "total"]

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from experiments.paper.laws import UNCENTRED, eigenvalue_figure, law_table, plain_step_bound, step_figure
+from experiments.paper.laws import UNCENTRED, eigenvalue_figure, law_table, orthonormal_rows, step_figure
+from fedraclora.seeding import generator
 from fedraclora.sketch import LAWS
+from fedraclora.theory import raw_step
 
 DIM, RANKS = 8, (1, 3, 8)
 # Laws whose rows are orthonormal, so that a plain step is the projected one; a single row of signs is so too.
@@ -41,8 +43,8 @@ def test_with_orthonormal_rows_the_plain_step_is_the_projected_one(table, law):
 
 def test_plain_steps_on_normal_factors_must_be_as_small_as_derived(table):
     for rank in RANKS:
-        assert table.loc[("raw", rank)]["mean"] == pytest.approx(plain_step_bound(rank, DIM), rel=0.1)
-        assert table.loc[("raw", rank)]["sure"] < plain_step_bound(rank, DIM)
+        assert table.loc[("raw", rank)]["mean"] == pytest.approx(raw_step(1.0, rank, DIM), rel=0.1)
+        assert table.loc[("raw", rank)]["sure"] < raw_step(1.0, rank, DIM)
 
 
 def test_figures_show_every_law(table):
@@ -50,3 +52,9 @@ def test_figures_show_every_law(table):
     for figure in (eigenvalue_figure(flat), step_figure(flat)):
         names = [text.get_text() for text in figure.legends[0].get_texts()]
         assert set(names) >= {*LAWS, UNCENTRED}
+
+
+def test_batched_rows_are_orthonormal_and_isotropic():
+    A = orthonormal_rows(generator(0), (4000, 1), 3, DIM)
+    np.testing.assert_allclose(A @ A.swapaxes(-1, -2), np.broadcast_to(np.eye(3), (4000, 1, 3, 3)), atol=1e-12)
+    np.testing.assert_allclose((A.swapaxes(-1, -2) @ A).mean((0, 1)), 3 / DIM * np.eye(DIM), atol=0.03)
