@@ -124,7 +124,7 @@ def _budget(arguments: list[str], console: Console) -> None:
     model, others = split_model(arguments)
 
     def job(settings: BudgetSettings) -> None:
-        known, chosen = known_model(model, settings)
+        known, chosen = known_model(model, settings, has_targets=any(item.startswith("targets=") for item in others))
         budget(chosen, known, console)
 
     _hydra("budget", others, BudgetSettings, job)

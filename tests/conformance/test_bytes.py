@@ -8,6 +8,7 @@ import pytest
 
 from experiments.settings import MemorySettings, ServerSettings, SketchSettings
 from fedraclora.sketch import SketchKey
+from strategies.dry_run import DryRun
 from tests.helpers import METHODS, federation, settings
 
 M, N, R, FLOAT = 10, 64, 2, 4
@@ -101,7 +102,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_everybody_every_round_pays_the_formula(name):
+def test_everybody_every_round_pays_the_formula_and_was_told_so(name):
     formula = FORMULAS[name]
     parts = federation(
         settings(
@@ -109,7 +110,11 @@ def test_everybody_every_round_pays_the_formula(name):
             **{"num_clients": formula.num_clients, **formula.more},
         )
     )  # fmt: skip
-    for report in parts.run():
+    problem, rounds = parts.problem, parts.settings.rounds
+    told = DryRun(problem.method, problem.new_chain().merged, problem.rounds)
+    spent, predicted = parts.run(), list(told.rounds_to(rounds))
+    assert (len(spent), len(predicted)) == (rounds + 1, rounds)
+    for report in [*spent, *predicted]:
         traffic = report.traffic
         everyone = parts.settings.num_clients * FLOAT
         assert traffic.uplink_bytes == (everyone * formula.up(report.round) if report.round else 0)

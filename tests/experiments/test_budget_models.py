@@ -31,7 +31,7 @@ def chosen(**changes):
 
 
 def of(text, **changes):
-    return known_model(text, chosen(**changes))
+    return known_model(text, chosen(**changes), has_targets="targets" in changes)
 
 
 def test_every_preset_has_the_parameters_of_its_model():
@@ -45,25 +45,29 @@ def test_every_preset_has_the_parameters_of_its_model():
 @pytest.mark.parametrize(
     ("name", "rank", "targets", "method", "expected"),
     [
-        ("roberta_base", 2, "all", "rac_lora", 144 * KIB),
-        ("roberta_base", 2, "all", "fed_it", 288 * KIB),
+        ("roberta_base", 2, "presets", "rac_lora", 144 * KIB),
+        ("roberta_base", 2, "presets", "fed_it", 288 * KIB),
         ("roberta_base", 2, ALL_BERT, "rac_lora", 648 * KIB),
         ("roberta_base", 8, ALL_BERT, "rac_lora", 4 * 648 * KIB),
-        ("llama_7b", 1, "all", "rac_lora", 1 * MIB),
-        ("llama_7b", 16, "all", "rac_lora", 16 * MIB),
-        ("llama_7b", 16, "all", "fed_it", 32 * MIB),
+        ("llama_7b", 1, "presets", "rac_lora", 1 * MIB),
+        ("llama_7b", 16, "presets", "rac_lora", 16 * MIB),
+        ("llama_7b", 16, "presets", "fed_it", 32 * MIB),
         ("llama_7b", 16, ALL_LLAMA, "rac_lora", 83 * MIB),
+        ("roberta_base", 2, ALL_BERT, "fed_it", 1296 * KIB),
+        ("llama_7b", 16, ALL_LLAMA, "fed_it", 152.5 * MIB),
     ],
 )
 def test_uplinks_are_those_that_arithmetic_gives(name, rank, targets, method, expected):
-    """out x rank numbers of four bytes a layer for one factor, (in + out) x rank for two; `all` is the preset's own."""
-    known, own = of(name, rank=rank, targets=targets, method=method)
+    """out x rank numbers of four bytes a layer for one factor, (in + out) x rank for two."""
+    named = {} if targets == "presets" else {"targets": targets}
+    known, own = of(name, rank=rank, method=method, **named)
     told = forecast(replace(own, label=None), known)
     assert {report.traffic.uplink_bytes for report in told.reports} == {expected}
 
 
 def test_named_targets_are_kept():
     assert of("roberta_base", targets=["dense"])[1].targets == ["dense"]
+    assert of("roberta_base", targets="all")[1].targets == "all"
     assert of("roberta_base")[1].targets == ["query", "value"]
 
 
@@ -87,6 +91,9 @@ def test_a_file_of_shapes_is_read(tmp_path):
     path.write_text("- 1\n")
     with pytest.raises(ValueError, match="no mapping"):
         of(str(path))
+    path.write_text("layers:\n  fc: {out: 3, in: 4}\n  fc: {out: 3, in: 4}\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml cannot be read: .*\n?(.*\n)*.*duplicate key fc"):
+        of(str(path))
     path.write_text("layers: {fc: 3}\n")
     with pytest.raises(ValueError, match=r"mine\.yaml: layer 'fc'"):
         of(str(path))
@@ -97,12 +104,24 @@ def test_anything_that_gives_a_module_will_do(monkeypatch, tmp_path):
         "from torch import nn\nclass Plain(nn.Sequential):\n    def __init__(self): super().__init__(nn.Linear(5, 4))\n"
         "THREE = 3\ndef needs(width): return nn.Linear(width, 1)\ndef number(): return 3\nclass Looks(nn.Linear):\n"
         "    def __init__(self):\n        super().__init__(2, 2)\n        self.total = float(self.weight.sum())\n"
+        "class Counts(nn.Linear):\n    def __init__(self):\n        super().__init__(2, 2)\n"
+        "        self.total = self.weight.detach().numpy().sum()\n"
+        "def fails(): return {}['missing']\nmade = nn.Linear(2, 2)\n"
     )
+    (tmp_path / "broken_models.py").write_text("undefined_thing\n")
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "plug.py").write_text("import not_installed_library\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert [tuple(tensor.shape) for tensor in of("own_models.Plain")[0].model.parameters()] == [(4, 5), (4,)]
-    assert all(tensor.is_meta for tensor in of("own_models.Looks")[0].model.parameters())
+    for name in ("Looks", "Counts"):
+        assert all(tensor.is_meta for tensor in of(f"own_models.{name}")[0].model.parameters())
+    assert split_model(["model=broken_models.Thing"])[0] == "broken_models.Thing"
     for path, reason in {
-        "own_models.needs": "without arguments",
+        "own_models.needs": r"without arguments \(it needs width\)",
+        "own_models.fails": "cannot be made: KeyError: 'missing'",
+        "own_models.made": "is a Linear; expected a function or class",
+        "broken_models.Thing": "cannot be imported: NameError",
+        "own_package.plug": "not_installed_library",
         "own_models.number": "torch.nn.Module; found int",
         "own_models.THREE": "is a int",
         "own_models.Nothing": "cannot be imported",
@@ -125,4 +144,6 @@ def test_only_what_is_no_plug_in_is_taken_off_the_command_line():
     assert split_model(["model=llama_7b", "rounds=3"]) == ("llama_7b", ["rounds=3"])
     assert split_model(["model=fedraclora.models.mlp"]) == (None, ["model=fedraclora.models.mlp"])
     assert split_model(["model=x/y.yaml"]) == ("x/y.yaml", [])
+    with pytest.raises(ValueError, match=r"model=llama_7b has no settings.*model\.hidden"):
+        split_model(["model=llama_7b", "model.hidden=[5]"])
     assert split_model(["model=torch.nn.Identity"]) == ("torch.nn.Identity", [])

@@ -58,6 +58,11 @@ def test_a_described_model_has_the_same_names_shapes_and_targets(model):
     assert all(tensor.is_meta for tensor in shapes.state_dict().values())
 
 
+def test_a_single_number_is_a_tensor_too():
+    model = module_of_shapes({"layers": {"fc": {"out": 1, "in": 2}}, "tensors": {"scale": []}, "targets": ["fc"]})
+    assert model.state_dict()["scale"].shape == ()
+
+
 @given(st.integers(0, 30), st.integers(0, 5), st.integers(0, 3))
 def test_a_range_stands_for_each_of_its_numbers(first, more, other):
     names = expand(f"block.{{{first}..{first + more}}}.fc{{0..{other}}}")
@@ -79,6 +84,13 @@ def test_a_range_stands_for_each_of_its_numbers(first, more, other):
         ({"layers": {"fc": {"out": 1, "in": 2}}, "tensors": {"w": "12"}}, "positive whole numbers"),
         ({"layers": {"fc": {"out": 1, "in": 2}}, "tensors": {"fc.weight.x": [1]}}, "is a tensor"),
         ({"layers": {"block.{3..1}.fc": {"out": 1, "in": 2}}}, "a range that is none"),
+        ({"layers": {"fc": {"out": 1, "in": 2}}, "tensor": {"w": [1]}}, "no 'tensor'; did you mean 'tensors'"),
+        ({"layers": {"fc": {"out": 1, "in": 2, "kernel": [3]}}}, r"kernel \[3\]; expected \[height, width\]"),
+        ({"layers": {"fc": {"out": 1, "in": 2, "bias": "false"}}}, "expected true or false"),
+        ({"layers": {"fc": {"out": True, "in": 2}}}, "positive whole numbers"),
+        ({"layers": {0: {"out": 1, "in": 2}}}, "the name 0, which is no text"),
+        ({"layers": {"a..b": {"out": 1, "in": 2}}}, "'a..b' has an empty part"),
+        ({"layers": ["fc"]}, "expected a mapping"),
         ({"layers": {"block.{a..b}.fc": {"out": 1, "in": 2}}}, "a range that is none"),
     ],
 )
