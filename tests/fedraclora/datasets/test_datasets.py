@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedraclora import plugins
 from fedraclora.datasets import digits, mnist, mnist_5k, quadratic
 
-DATASETS = plugins.names("fedraclora.datasets")
+DATASETS = [name for name in plugins.names("fedraclora.datasets") if name != "glue"]  # needs a tokenizer: test_glue.py
 IDX_NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
 NPZ_KEYS = ["x_train", "y_train", "x_test", "y_test"]
 
