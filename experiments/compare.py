@@ -32,7 +32,7 @@ from experiments.settings import CompareSettings, Settings, name_of
 from experiments.tables import comparison_table, render_table
 from fedraclora.files import read_json, write_atomically, write_json
 from fedraclora.finished import check_weights_fit
-from fedraclora.plugins import nearest
+from fedraclora.plugins import names, nearest
 from strategies.state import BudgetTooSmall
 
 log = logging.getLogger("fedraclora")
@@ -106,12 +106,10 @@ def _check_names(settings: CompareSettings) -> None:
     if settings.label is not None and len(settings.methods) > 1:
         raise ValueError(f"label={settings.label!r} would give all methods one name; name them with variants")
     plugins = {str(one_run(settings, Path(), method, settings.seed, None).method.name) for method in settings.methods}
-    extra = set(settings.method_settings) - set(settings.methods) - plugins
-    if extra:
-        raise ValueError(f"method_settings names {sorted(extra)}, which are not among methods={settings.methods}")
-    unused = set(settings.variants) - set(settings.methods)
-    if unused:
-        raise ValueError(f"variants names {sorted(unused)}, which are not among methods={settings.methods}")
+    # Those that a preset has for methods which are left out do no harm; a misspelt one would.
+    known = {*settings.methods, *settings.variants, *plugins, *names(GROUPS["method"])}
+    for name in settings.method_settings.keys() - known:
+        raise ValueError(f"method_settings names {name!r}, which is no method; {nearest(name, known)}")
     taken = {PRETRAIN: settings.pretrain, TUNING: settings.tune is not None}
     wrong = [name for name in settings.methods if taken.get(name)]
     if wrong:

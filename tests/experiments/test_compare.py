@@ -184,7 +184,7 @@ def test_a_seed_whose_split_fails_ends_the_comparison_before_any_training(tmp_pa
         ({"methods": ["full", "full"]}, "once"),
         ({"methods": ["ful"]}, "did you mean 'full'"),
         ({"seeds": 0}, "seeds"),
-        ({"method_settings": {"fed_it": {"lr": 0.1}}}, "fed_it"),
+        ({"method_settings": {"fedit": {"lr": 0.1}}}, "fed_it"),
         ({"method_settings": {"full": {"lrr": 0.1}}}, "did you mean 'lr'"),
         ({"method_settings": {"full": {"lr": "fast"}}}, "lr"),
         ({"tune": [0.1]}, "two different"),
@@ -462,3 +462,10 @@ def test_a_rate_that_diverges_scores_below_one_that_learns(tmp_path):
 def test_one_label_for_several_methods_is_refused():
     with pytest.raises(ValueError, match="would give all methods one name"):
         compare(compare_settings(label="same", methods=["rac_lora", "full"]), Console(quiet=True))
+
+
+def test_methods_may_leave_variants_of_a_preset_out(tmp_path):
+    variants = {"one": {"method": "rac_lora"}, "two": {"method": "full"}}
+    chosen = compare_settings(methods=["two"], variants=variants, seeds=1, rounds=1, out=str(tmp_path / "run"))
+    compare(chosen, Console(file=io.StringIO()))
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["two"]
