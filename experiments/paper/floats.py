@@ -11,7 +11,8 @@ nothing. What can save (2.3.2):
 - a task of low rank: C with k positive eigenvalues only, so that a link of rank k or more can solve it at once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,120 +20,79 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from experiments.paper.laws import orthonormal_rows
+from experiments.paper.descent import Budget, Sketching, floats_to_accuracy, gd, uplink_per_link
+from experiments.paper.problems import Problem, geometric_spectrum, quadratic
 from experiments.scales import label_log_scale
 from experiments.styles import FOREGROUND, PALETTE, WIDTH_IN, drawing_style, method_styles
-from fedraclora.seeding import derive_seed, generator
 
 Array = NDArray[np.float64]
 
 OUT, DIM = 6, 24
-RANKS, SIDE_A_RANKS = (1, 2, 4, 8, 16, 24), (1, 2, 3, 6)
+RANKS = {"right": (1, 2, 4, 8, 16, 24), "left": (1, 2, 3, 6)}
 ACCURACY, CONDITION = 1e-3, 100.0
 TASK_RANKS = (2, 4, 8, 24)
 # In units of 1 / L; full gradient descent diverges from 2 on.
 STEPS = (1.0, 1.8, 4.0)
-EXACT, LOCAL = "exact in the subspace", "1/L_H"
-LARGEST = 1e12
+LOCAL, EXACT = "1/L_H", "exact in the subspace"
+# These end well above what runs on tasks of low rank need.
+MOST_OF_TASKS = {"1/L": 5_000, EXACT: 2_200}
 
 
 @dataclass(frozen=True)
-class Run:
-    """How one line's runs descend: trained factor (`b` or `a`), rank, and the link's rule.
+class Regime:
+    """One line's rule for a link: a solver of `experiments.paper.descent`, a step in units of 1/L, and a side.
 
-    `rule` is `exact`, `local` (1/L_H) or `step` (`step` / L).
+    Runs end after `most` floats, well above what they need.
     """
 
     name: str
-    rank: int
-    side: str = "b"
-    rule: str = "step"
+    most: int
+    solver: str = "projected"
     step: float = 1.0
-
-    @property
-    def floats(self) -> int:
-        """Return the floats of one link."""
-        return self.rank * (OUT if self.side == "b" else DIM)
+    side: str = "right"
 
 
-def curvature(eigenvalues: Array) -> Array:
-    """Return a symmetric C with these eigenvalues and random eigenvectors, the same in every call."""
-    q, _ = np.linalg.qr(generator(derive_seed(0, "floats", "basis")).normal(size=(DIM, DIM)))
-    C: Array = (q * eigenvalues) @ q.T
-    return C
+REGIMES = (
+    *(Regime(f"{step:g}/L", int(4_000 + 14_000 / step), step=step) for step in STEPS),
+    Regime("1/L, B drawn", 18_000, side="left"),
+    Regime(LOCAL, 15_000, solver="inner"),
+    Regime(EXACT, 5_500, solver="exact"),
+)
 
 
-def geometric_spectrum() -> Array:
-    """Return eigenvalues from 1 to 1 / 100, L = 1 and mu = 1 / 100."""
-    return np.geomspace(1, 1 / CONDITION, DIM)
-
-
-def low_rank_spectrum(task_rank: int) -> Array:
+def task_spectrum(task_rank: int) -> Array:
     """Return so many eigenvalues, from 1 to 1 / 10, and zeros: f depends on W in `task_rank` input directions only."""
     return np.pad(np.geomspace(1, 0.1, task_rank), (0, DIM - task_rank))
 
 
-def links_to_accuracy(C: Array, run: Run, seeds: int, *, most: int = 8000) -> Array:
-    """Return the links until f - f* is a thousandth of its start, `[seeds]`; inf where that does not happen."""
-    draws = generator(derive_seed(0, "floats", "runs"))
-    error = -draws.normal(size=(seeds, OUT, DIM))
-    start = _gap(error, C)
-    reached = np.full(seeds, np.inf)
-    for link in range(1, most + 1):
-        error = error - _update(error, C, run, draws)
-        gap = _gap(error, C)
-        reached = np.where((gap <= ACCURACY * start) & np.isinf(reached), link, reached)
-        if np.isfinite(reached).all() or gap.max() > LARGEST:
-            break
-    return reached
-
-
-def _gap(error: Array, C: Array) -> Array:
-    gap: Array = 0.5 * ((error @ C) * error).sum((-1, -2))
-    return gap
-
-
-def _update(error: Array, C: Array, run: Run, draws: np.random.Generator) -> Array:
-    """Return what a link takes from W; L is 1."""
-    gradient = error @ C
-    if run.side == "a":
-        rows = orthonormal_rows(draws, (len(error),), run.rank, OUT)
-        return run.step * (rows.swapaxes(-1, -2) @ (rows @ gradient))
-    A = orthonormal_rows(draws, (len(error),), run.rank, DIM)
-    by_b = gradient @ A.swapaxes(-1, -2)
-    if run.rule == "step":
-        return run.step * (by_b @ A)
-    inner = A @ C @ A.swapaxes(-1, -2)
-    if run.rule == "local":
-        return by_b @ A / np.linalg.eigvalsh(inner)[:, -1][:, None, None]
-    return by_b @ np.linalg.pinv(inner, rcond=1e-10, hermitian=True) @ A
-
-
 def regime_table(seeds: int = 20) -> pd.DataFrame:
-    """Return floats to accuracy by rule and rank: columns regime, side, rank, seed, links, floats (inf: not reached)."""
-    C = curvature(geometric_spectrum())
-    runs = [Run(f"{step:g}/L", rank, step=step) for step in STEPS for rank in RANKS]
-    runs += [Run("1/L, side a", rank, side="a") for rank in SIDE_A_RANKS]
-    runs += [Run(LOCAL, rank, rule="local") for rank in RANKS]
-    runs += [Run(EXACT, rank, rule="exact") for rank in RANKS]
-    return pd.concat([_rows(C, run, seeds) for run in runs], ignore_index=True)
+    """Return floats to accuracy by rule and rank: columns regime, rank, seed, floats (inf: not reached)."""
+    problem = quadratic((OUT, DIM), geometric_spectrum(DIM, CONDITION))
+    runs = [(regime, rank) for regime in REGIMES for rank in RANKS[regime.side]]
+    return pd.concat([_rows(problem, regime, rank, seeds) for regime, rank in runs], ignore_index=True)
 
 
 def task_table(seeds: int = 20) -> pd.DataFrame:
     """Return the same for tasks of low rank at 1/L and exactly solved, with the further column task_rank."""
-    frames = []
-    for task_rank in TASK_RANKS:
-        C = curvature(low_rank_spectrum(task_rank))
-        for rank in RANKS:
-            for run in (Run("1/L", rank), Run(EXACT, rank, rule="exact")):
-                frames.append(_rows(C, run, seeds).assign(task_rank=task_rank))
+    regimes = [replace(regime, most=MOST_OF_TASKS[regime.name]) for regime in (REGIMES[0], REGIMES[-1])]
+    runs = [(regime, rank) for regime in regimes for rank in RANKS["right"]]
+    frames = [
+        _rows(quadratic((OUT, DIM), task_spectrum(task_rank)), regime, rank, seeds).assign(task_rank=task_rank)
+        for task_rank in TASK_RANKS
+        for regime, rank in runs
+    ]
     return pd.concat(frames, ignore_index=True)
 
 
-def _rows(C: Array, run: Run, seeds: int) -> pd.DataFrame:
-    links = links_to_accuracy(C, run, seeds)
-    data = {"seed": range(seeds), "links": links, "floats": run.floats * links}
-    return pd.DataFrame({"regime": run.name, "side": run.side, "rank": run.rank} | data)
+def _rows(problem: Problem, regime: Regime, rank: int, seeds: int) -> pd.DataFrame:
+    sketching = Sketching(rank=rank, side=regime.side, solver=regime.solver, inner=1)
+    each = uplink_per_link(problem, sketching)
+    budget = Budget(-(-regime.most // each), seeds)
+    # A step that is too large for a rank diverges, beyond any number.
+    with np.errstate(over="ignore", invalid="ignore"):
+        gaps = gd(problem, sketching, budget, gamma=regime.step / problem.smoothness).gaps
+    floats = floats_to_accuracy(gaps, ACCURACY * float(problem.gap(problem.start)), each)
+    return pd.DataFrame({"regime": regime.name, "rank": rank, "seed": range(seeds), "floats": floats})
 
 
 def worst_case_floats(condition: float = CONDITION) -> float:
@@ -177,13 +137,13 @@ def _line(axes: Axes, table: pd.DataFrame, **how: str) -> None:
     mean = groups.mean()
     mean = mean[np.isfinite(mean)]
     low, high = (groups.quantile(share).reindex(mean.index) for share in (0.1, 0.9))
-    style: dict[str, object] = {"markersize": 4.5, "linewidth": 1.4, "elinewidth": 1, **how}
+    style: dict[str, Any] = {"markersize": 4.5, "linewidth": 1.4, "elinewidth": 1, **how}
     axes.errorbar(mean.index, mean, yerr=[(mean - low).clip(0), (high - mean).clip(0)], **style)
 
 
 def _finish(axes: Axes, low: float, high: float) -> None:
     axes.set(xscale="log", yscale="log", xlabel="rank r", ylabel=f"floats up to {ACCURACY:g}", ylim=(low, high))
-    axes.set_xticks(RANKS, [str(rank) for rank in RANKS])
+    axes.set_xticks(RANKS["right"], [str(rank) for rank in RANKS["right"]])
     axes.xaxis.minorticks_off()
     label_log_scale(axes.yaxis, low, high)
 

@@ -48,6 +48,7 @@ class Problem:
     curvature: C `[n, n]` with f(W + D) <= f(W) + <G, D> + tr(D C D^T) / 2, or Q `[m, n, m, n]` with <D, Q D> instead.
     is_quadratic: whether that is an equality.
     counts: the numbers of clients and of samples each.
+    is_noise_constant: whether s^2 and zeta^2 are the same at all points.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Problem:
     curvature: Array
     is_quadratic: bool = True
     counts: tuple[int, int] = (1, 1)
+    is_noise_constant: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,12 +87,12 @@ class Problem:
     def noise(self, W: Array) -> Array:
         """Return s^2 at W `[...]`: the mean over clients of their components' variance."""
         gradients = self.components(W)
-        return _squared(gradients - gradients.mean(-3, keepdims=True)).mean((-2, -1))
+        return np.asarray(_squared(gradients - gradients.mean(-3, keepdims=True)).mean((-2, -1)))
 
     def heterogeneity(self, W: Array) -> Array:
         """Return zeta^2 at W `[...]`: the variance of the clients' gradients."""
         gradients = self.components(W).mean(-3)
-        return _squared(gradients - gradients.mean(-3, keepdims=True)).mean(-1)
+        return np.asarray(_squared(gradients - gradients.mean(-3, keepdims=True)).mean(-1))
 
     def constants(self, points: Array | None = None) -> Constants:
         """Return what the bounds use, with s^2 and zeta^2 the most of `points` `[..., m, n]`, else those of the start.
@@ -168,6 +170,7 @@ def spread_quadratic(shape: tuple[int, int], spectrum: Sequence[float] | Array, 
         _least_positive(eigenvalues),
         curvature,
         counts=(made.clients, made.samples),
+        is_noise_constant=True,
     )
 
 
@@ -264,7 +267,7 @@ def _fitted(name: str, objective: _Fitted) -> Problem:
     shape = (objective.targets.shape[-1], objective.inputs.shape[-1])
     share = 0.5 if objective.is_logistic else 1.0
     curvature = share * inputs.T @ inputs / len(inputs) + objective.ridge * np.eye(shape[1])
-    eigenvalues = np.linalg.eigvalsh(curvature)
+    eigenvalues = np.asarray(np.linalg.eigvalsh(curvature), dtype=np.float64)
     optimum = _newton(objective, np.zeros(shape)) if objective.is_logistic else _solved(objective, curvature)
     return Problem(
         name,

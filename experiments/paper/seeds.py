@@ -139,7 +139,9 @@ def curve_figure(curves: pd.DataFrame) -> Figure:
         axes.plot(rows["round"], rows["mean"], color=PALETTE[0], linewidth=2, linestyle=":", label="shared, any shift")
         axes.axhline(ACCURACY, color=GRID, linewidth=0.9, linestyle="--")
         axes.annotate("accuracy asked for", (ROUNDS, ACCURACY), (-4, 3), textcoords="offset points", ha="right")
-        axes.set(yscale="log", xlabel="round", ylabel="f - f*, relative", ylim=(1e-9, 3), xlim=(0, curves["round"].max()))
+        axes.set(
+            yscale="log", xlabel="round", ylabel="f - f*, relative", ylim=(1e-9, 3), xlim=(0, curves["round"].max())
+        )
         figure.legend(loc="outside lower center", ncols=2)
     return figure
 
