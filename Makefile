@@ -27,7 +27,7 @@ demo: install ## Compare four methods on real images; writes runs/demo/report.ht
 	@echo "Report: $(DEMO)/report.html"
 
 test: install ## Run the default test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: install ## Run the slow tests
 	$(BIN)/python -m pytest -m slow

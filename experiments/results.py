@@ -1,4 +1,4 @@
-"""Finished runs read back from their folders (design.md, "Output contract"); nothing here trains or sends."""
+"""Finished runs read back from their folders; nothing here trains or sends."""
 
 import json
 from collections.abc import Sequence

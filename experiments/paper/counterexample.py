@@ -55,7 +55,7 @@ METHODS = (
     Method("RAC-LoRA, projected", 1, is_projected=True),
     Method("RAC-LoRA, plain", LINK),
 )
-# What mathematics.md, section 3, found for the share of diverged runs and the others' median gap, step by step.
+# What an earlier, independent run of it found: the share that diverged and the others' median gap, step by step.
 DOCUMENT = {
     "LoRA": ("3-10% diverged, else 0.3-1.4", "0.3-1.4", "0.3-1.4"),
     "COLA": ("93-100% diverged", "1e-12, worst 3e-2, 0-3% diverged", "1e-8, worst 1e-5"),

@@ -2,7 +2,7 @@
 
 In f(W) = (1/2) tr((W - W*) C (W - W*)^T), with L and mu the extreme positive eigenvalues of C, a link of rank r sends
 m r floats where A is drawn (n r where B is). At the step 1/L the theorem needs (n/r) (L/mu) log(1/eps) links, thus
-m n (L/mu) log(1/eps) floats for every rank and both sides (derived here: mathematics.md, 2.3.1): a low rank saves
+m n (L/mu) log(1/eps) floats for every rank and both sides (derived here): a low rank saves
 nothing. What can save (2.3.2):
 
 - the step 1/L_H, L_H the curvature of the link's own subspace, lambda_max(A C A^T);

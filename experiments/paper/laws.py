@@ -74,7 +74,7 @@ def eigenvalue_figure(table: pd.DataFrame) -> Figure:
             axes.plot(x, rows["low"], style.marker, color=style.color, markersize=3.5, label=law)
         for place, rank in enumerate(ranks):
             share = rank / int(table["dim"].iloc[0])
-            label = "r/n" if place == 0 else None
+            label = "r/n" if place == 0 else "_nolegend_"
             axes.hlines(share, place - 0.45, place + 0.45, color=FOREGROUND, linewidth=0.9, linestyle="--", label=label)
         axes.set_xticks(range(len(ranks)), [f"{rank}/{table['dim'].iloc[0]}" for rank in ranks])
         axes.grid(visible=False, axis="x")

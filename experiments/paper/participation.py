@@ -1,10 +1,10 @@
 """Partial participation: what a sampled cohort costs in accuracy, and what a client that was away must be sent.
 
 Of M clients, S are drawn a round without replacement; their mean gradient has (M - S) / (S (M - 1)) of the clients'
-variance zeta^2, and so does, about, the floor at which f - f* stalls, whatever the rank (mathematics.md, 2.2, C10).
+variance zeta^2, and so does, about, the floor at which f - f* stalls, whatever the rank.
 
 A client that was away lacks a link a round. It is sent those links, m r floats each, or the whole m x n weight,
-whichever is less: the break-even is at n/r missed links, so at about the participation p = r/n (mathematics.md, 5.3).
+whichever is less: the break-even is at n/r missed links, so at about the participation p = r/n.
 The floats are those that the project's own rules send: a dry run of its server on a model of one layer.
 """
 

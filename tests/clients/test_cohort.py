@@ -54,7 +54,7 @@ def test_without_second_moments_keep_is_carry():
 def trained_by_torch(parts):
     """Return the weights of a run's one client by a torch optimiser that is never rebuilt: factors are reset in place.
 
-    This is how the paper's released code trains a chain (mathematics.md 4.3).
+    This is how the paper's released code trains a chain.
     """
     chosen, method = parts.settings, parts.problem.method
     weights = {name: tensor.clone() for name, tensor in parts.problem.new_chain().weights().items()}

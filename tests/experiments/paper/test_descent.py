@@ -1,13 +1,15 @@
-"""The methods on problems of known constants, held to the bounds of `fedraclora.theory`.
+"""The methods against small programs of their own, and their special cases against each other.
 
-A mean over 24 seeds is to be at most bound + three standard errors of that mean, at every T.
+That they keep to the bounds of `fedraclora.theory` is tested in `tests/conformance/test_bounds.py`.
 """
 
 import numpy as np
 import pytest
 
 from experiments.paper.descent import (
+    LAWS,
     Budget,
+    Sampler,
     Sketching,
     federated,
     floats_to_accuracy,
@@ -16,152 +18,203 @@ from experiments.paper.descent import (
     sgd,
     uplink_per_link,
 )
-from experiments.paper.problems import Made, distance, geometric_spectrum, least_squares, quadratic, spread_quadratic
-from fedraclora import theory
+from experiments.paper.problems import (
+    Made,
+    distance,
+    geometric_spectrum,
+    logistic_regression,
+    quadratic,
+    spread_quadratic,
+)
 from fedraclora.seeding import generator
-from fedraclora.theory import Constants, Range, Steps
+from fedraclora.theory import Steps
 
-SHAPE, LINKS = (4, 6), 80
-BUDGET = Budget(LINKS, seeds=24)
-T = np.arange(LINKS + 1)
-CLIENTS, SAMPLES = 5, 4
-
-
-def problem_of(family, clients=1):
-    made = Made(clients, SAMPLES if clients > 1 else 8, heterogeneity=0.5, noise=0.5, seed=3)
-    if family == "quadratic":
-        return spread_quadratic(SHAPE, geometric_spectrum(SHAPE[1], 10.0), made)
-    return least_squares(SHAPE, made, rank=4)
+SHAPE = (4, 6)
+SPECTRUM = geometric_spectrum(6, 10.0)
+FULL = Sketching(rank=6)
+sides = pytest.mark.parametrize("side", ["right", "left"])
 
 
-def constants_of(problem, trace):
-    """Return the constants with s^2 and zeta^2 the most of what the runs visited."""
-    found = problem.constants()
-    noise, spread = trace.noise, trace.heterogeneity
-    return Constants(found.gap, found.smoothness, found.mu, noise, spread)
+def sampler(law, rank, batch=(3, 2), side="right"):
+    return Sampler(Sketching(law, rank, side), SHAPE, batch, generator(1))
 
 
-def assert_bounded(values, bound):
-    """Assert the mean over seeds `[seeds, T + 1]` below the bound and a margin of three standard errors."""
-    assert bound.is_bound
-    mean, error = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
-    assert (mean <= bound.values + 3 * error + 1e-12).all(), (mean / bound.values).max()
+def spread(clients=5, samples=4, heterogeneity=0.5, noise=0.5):
+    return spread_quadratic(SHAPE, SPECTRUM, Made(clients, samples, heterogeneity, noise, seed=3))
 
 
-def least_mean(squared_gradients):
-    """Return each seed's squared gradient at the link before T whose mean is least, `[seeds, T + 1]`."""
-    mean = squared_gradients.mean(0)
-    best = [int(mean[: max(time, 1)].argmin()) for time in T]
-    return squared_gradients[:, best]
+@pytest.mark.parametrize("law", LAWS)
+@sides
+def test_factors_have_the_sketched_dimension_and_differ_between_seeds_clients_and_links(law, side):
+    drawing = sampler(law, 2, (4, 3), side)
+    first, second = drawing.draw(), drawing.draw()
+    assert first.shape == (4, 3, 2, 6 if side == "right" else 4)
+    flat = np.concatenate([first, second]).reshape(24, -1)
+    assert len(np.unique(flat, axis=0)) > (4 if "selector" in law else 23)
+    assert (np.linalg.matrix_rank(first) == 2).all()
+    if law not in ("gaussian", "uniform01"):
+        np.testing.assert_allclose(
+            first @ np.swapaxes(first, -1, -2), np.broadcast_to(np.eye(2), (4, 3, 2, 2)), atol=1e-12
+        )
 
 
-def assert_both(trace, nonconvex, pl):
-    assert_bounded(least_mean(trace.squared_gradients), nonconvex)
-    assert_bounded(trace.gaps, pl)
+@pytest.mark.parametrize("rank", [2, 4, 6])
+def test_selectors_without_replacement_hold_every_coordinate_in_each_cycle(rank):
+    drawing = sampler("selector_without_replacement", rank)
+    for _ in range(3):
+        cycle = np.concatenate([drawing.draw() for _ in range(-(-6 // rank))], axis=-2)
+        assert (cycle.sum(-2) >= 1).all()
+        assert (cycle.sum(-2) == 1).all() == (6 % rank == 0)
 
 
-cases = pytest.mark.parametrize("family", ["quadratic", "least squares"])
-ranks = pytest.mark.parametrize("rank", [1, 3, 6])
-
-
-@cases
-@ranks
-def test_full_gradients_keep_to_their_bounds(family, rank):
-    problem = problem_of(family)
-    gamma, constants = 1 / problem.component_smoothness, problem.constants()
-    trace = gd(problem, Sketching(rank=rank), BUDGET, gamma=gamma)
-    low = rank / SHAPE[1]
-    assert_both(trace, theory.gd_nonconvex(T, constants, gamma, low), theory.gd_pl(T, constants, gamma, low))
-
-
-@cases
-@ranks
-def test_stochastic_gradients_keep_to_their_bounds(family, rank):
-    problem, range_ = problem_of(family), Range(rank / SHAPE[1], rank / SHAPE[1])
-    gamma = 0.5 / problem.component_smoothness
-    trace = sgd(problem, Sketching(rank=rank), BUDGET, gamma=gamma)
-    constants = constants_of(problem, trace)
-    assert_both(trace, theory.sgd_nonconvex(T, constants, gamma, range_), theory.sgd_pl(T, constants, gamma, range_))
-
-
-@cases
-@ranks
-def test_random_reshuffling_keeps_to_its_bounds(family, rank):
-    problem, range_ = problem_of(family), Range(rank / SHAPE[1], rank / SHAPE[1])
-    steps = Steps(theory.reshuffling_step(problem.component_smoothness, 8), 8)
-    trace = reshuffled(problem, Sketching(rank=rank), BUDGET, gamma=steps.local)
-    constants = constants_of(problem, trace)
-    assert_both(trace, theory.rr_nonconvex(T, constants, steps, range_), theory.rr_pl(T, constants, steps, range_))
-
-
-@cases
-@ranks
-@pytest.mark.parametrize("share", [0.1, 1.0])
-def test_clients_keep_to_their_bounds_with_small_local_steps_and_large_server_steps(family, rank, share):
-    problem, range_ = problem_of(family, CLIENTS), Range(rank / SHAPE[1], rank / SHAPE[1])
-    local = share * theory.reshuffling_step(problem.component_smoothness, SAMPLES)
-    steps = Steps(local, SAMPLES, 1 / problem.component_smoothness)
-    trace = federated(problem, Sketching(rank=rank), BUDGET, steps=steps)
-    constants = constants_of(problem, trace)
-    assert_both(
-        trace,
-        theory.federated_nonconvex(T, constants, steps, range_),
-        theory.federated_pl(T, constants, steps, range_),
-    )
-
-
-def test_subgradients_of_the_sum_of_absolute_values_keep_to_the_non_smooth_bound():
-    rank, gamma, seeds = 2, 0.05, 24
-    rng = generator(5)
-    optimum = rng.standard_normal(SHAPE)
-    W, total, values = np.zeros((seeds, *SHAPE)), np.zeros((seeds, *SHAPE)), []
-    for time in range(1, LINKS + 1):
-        total += W
-        values.append(np.abs(total / time - optimum).sum((-2, -1)))
-        A = np.linalg.qr(rng.standard_normal((seeds, SHAPE[1], rank)))[0]
-        W = W - gamma * np.sign(W - optimum) @ A @ np.swapaxes(A, -1, -2)
-    lipschitz = float(np.prod(SHAPE)) ** 0.5
-    bound = theory.nonsmooth(T[1:], float(np.linalg.norm(optimum)), lipschitz, gamma, rank / SHAPE[1])
-    assert_bounded(np.stack(values, axis=1), bound)
-
-
-def test_c9_the_floor_of_reshuffling_falls_faster_with_the_step_than_that_of_stochastic_gradients():
-    """The bounds fall as gamma^2 and gamma. With one curvature for all components a pass errs by gamma^2 with mean zero
-    to leading order, and 1 / gamma links add up: the floor falls as gamma^3, by 8 in place of the bound's 4.
-    """
-    problem, full = problem_of("quadratic"), Sketching(rank=6)
-    largest = theory.reshuffling_step(1.0, 8)
-    ratios = {}
-    for method in (reshuffled, sgd):
-        floors = [method(problem, full, Budget(300, 24), gamma=g).gaps[:, -50:].mean() for g in (largest, largest / 2)]
-        ratios[method] = floors[0] / floors[1]
-    assert 4 < ratios[reshuffled] < 12
-    assert ratios[sgd] < 3
+def test_two_seeds_move_differently_and_the_same_root_seed_repeats():
+    problem = quadratic(SHAPE, SPECTRUM)
+    once, again = (gd(problem, Sketching(rank=2), Budget(5, 3, seed=1), gamma=1.0) for _ in range(2))
+    np.testing.assert_array_equal(once.gaps, again.gaps)
+    assert len(set(once.gaps[:, -1])) == 3
+    other = gd(problem, Sketching(rank=2), Budget(5, 3, seed=2), gamma=1.0)
+    assert not np.array_equal(once.gaps, other.gaps)
 
 
 def test_r_equal_to_n_is_full_gradient_descent():
-    problem = quadratic(SHAPE, geometric_spectrum(6, 10.0))
-    trace, W = gd(problem, Sketching(rank=6), Budget(20, 2), gamma=1.0), problem.start
-    for _ in range(20):
-        W = W - problem.gradient(W)
-    np.testing.assert_allclose(trace.last, np.stack([W, W]), atol=1e-12)
+    problem = quadratic(SHAPE, SPECTRUM)
+    trace, W = gd(problem, FULL, Budget(20, 2), gamma=0.7), problem.start
+    for time in range(21):
+        assert trace.gaps[:, time] == pytest.approx([float(problem.gap(W))] * 2, rel=1e-12)
+        assert trace.squared_gradients[:, time] == pytest.approx([(problem.gradient(W) ** 2).sum()] * 2, rel=1e-12)
+        W, reached = W - 0.7 * problem.gradient(W), W
+    np.testing.assert_allclose(trace.last, np.stack([reached, reached]), atol=1e-12)
 
 
-@pytest.mark.parametrize(("side", "share"), [("right", 2 / 6), ("left", 2 / 4)])
-def test_the_mean_factor_on_half_the_squared_distance(side, share):
-    trace = gd(distance(SHAPE), Sketching(rank=2, side=side), Budget(10, 60), gamma=0.5)
-    shares = (1 - trace.gaps[:, 1:] / trace.gaps[:, :-1]) / 0.75
-    assert abs(shares.mean() - share) < 5 * shares.std() / shares.size**0.5
+@sides
+@pytest.mark.parametrize("law", ["orthonormal", "gaussian"])
+def test_a_link_moves_the_weight_by_a_matrix_of_rank_r(side, law):
+    problem = quadratic(SHAPE, SPECTRUM)
+    for solver in ("projected", "plain", "inner", "exact"):
+        trace = gd(problem, Sketching(law, 2, side, solver), Budget(1, 5), gamma=0.1)
+        assert (np.linalg.matrix_rank(trace.last - problem.start, tol=1e-10) == 2).all()
 
 
-def test_exact_links_descend_at_least_as_far_as_steps_in_the_subspace():
-    problem = quadratic(SHAPE, geometric_spectrum(6, 10.0))
-    exact, inner, step = (
-        gd(problem, Sketching(rank=3, solver=solver, inner=4), Budget(1, 20), gamma=1.0).gaps[:, 1]
-        for solver in ("exact", "inner", "projected")
+def test_the_plain_solver_is_the_projected_one_for_orthonormal_factors_only():
+    problem = quadratic(SHAPE, SPECTRUM)
+    for law, is_same in (("orthonormal", True), ("selector", True), ("gaussian", False)):
+        plain, projected = (
+            gd(problem, Sketching(law, 2, solver=solver), Budget(5, 3), gamma=0.01).gaps
+            for solver in ("plain", "projected")
+        )
+        assert np.allclose(plain, projected, rtol=1e-10) == is_same
+
+
+@sides
+@pytest.mark.parametrize("length", [6, 24])
+def test_exact_links_have_no_slope_left_in_their_subspace_and_inner_steps_approach_them(side, length):
+    problem = quadratic(SHAPE, geometric_spectrum(length, 10.0))
+    start = float(problem.gap(problem.start))
+    found = {}
+    for solver, inner in (("projected", 1), ("inner", 4), ("inner", 400), ("exact", 1)):
+        found[solver, inner] = gd(problem, Sketching("gaussian", 2, side, solver, inner), Budget(1, 20), gamma=1.0)
+    gaps = {key: trace.gaps[:, 1] for key, trace in found.items()}
+    np.testing.assert_allclose(gaps["exact", 1], gaps["inner", 400], rtol=1e-9)
+    assert (gaps["exact", 1] <= gaps["inner", 4]).all()
+    assert (gaps["inner", 4] <= gaps["projected", 1] + 1e-12).all()
+    moved = found["exact", 1].last - problem.start
+    slope = (problem.gradient(found["exact", 1].last) * moved).sum((-2, -1))
+    assert np.abs(slope).max() < 1e-10 * start
+
+
+@sides
+def test_steps_at_one_over_the_majorants_smoothness_descend_where_the_problem_is_not_quadratic(side):
+    problem = logistic_regression(SHAPE, Made(samples=40, noise=0.1), ridge=0.05)
+    gaps = {solver: gd(problem, Sketching(rank=2, side=side, solver=solver), Budget(15, 20), gamma=1.0).gaps
+            for solver in ("inner", "exact")}  # fmt: skip
+    for values in gaps.values():
+        assert (np.diff(values, axis=1) <= 1e-12).all()
+    assert gaps["inner"][:, -1].mean() < gaps["exact"][:, -1].mean()  # ten steps of a majorant against one
+
+
+def test_reshuffling_one_component_is_gradient_descent_and_one_client_is_reshuffling():
+    alone = quadratic(SHAPE, SPECTRUM)
+    np.testing.assert_allclose(
+        reshuffled(alone, FULL, Budget(5, 2), gamma=0.5).gaps, gd(alone, FULL, Budget(5, 2), gamma=0.5).gaps, rtol=1e-9
     )
-    assert (exact <= inner + 1e-12).all()
-    assert (inner <= step + 1e-12).all()
+    one = spread(clients=1, samples=2, noise=0.0)
+    by_client = federated(one, FULL, Budget(5, 2), steps=Steps(0.2, 2, 0.4))
+    np.testing.assert_allclose(by_client.gaps, reshuffled(one, FULL, Budget(5, 2), gamma=0.2).gaps, rtol=1e-9)
+
+
+def test_a_pass_visits_every_component_once_in_orders_that_differ():
+    """With steps gamma on <W - W_i, W - W_i> / 2 the order weighs the optima by (1 - gamma)^(places left)."""
+    problem = spread_quadratic(SHAPE, np.ones(6), Made(1, 3, noise=1.0))
+    centres = problem.objective.centres[0]
+    last = reshuffled(problem, FULL, Budget(1, 40), gamma=0.5).last
+    weights = np.array([0.125, 0.25, 0.5])
+    orders = [(i, j, 3 - i - j) for i in range(3) for j in range(3) if i != j]
+    expected = np.stack([np.tensordot(weights, centres[list(order)], 1) for order in orders])
+    distances = np.abs(last[:, None] - expected[None]).max((-2, -1))
+    assert (distances.min(1) < 1e-12).all()
+    assert set(distances.argmin(1)) == set(range(6))
+
+
+def test_stochastic_steps_use_one_component_each_of_all_clients():
+    problem = spread_quadratic(SHAPE, np.ones(6), Made(2, 2, heterogeneity=1.0, noise=1.0))
+    last = sgd(problem, FULL, Budget(1, 40), gamma=1.0).last
+    distances = np.abs(last[:, None] - problem.objective.centres.reshape(4, *SHAPE)[None]).max((-2, -1))
+    assert (distances.min(1) < 1e-12).all()
+    assert set(distances.argmin(1)) == set(range(4))
+
+
+@pytest.mark.parametrize("cohort", [1, 2, 3])
+def test_a_round_averages_a_cohort_of_distinct_clients(cohort):
+    problem = spread_quadratic(SHAPE, np.ones(6), Made(3, 1, heterogeneity=1.0))
+    centres = problem.objective.centres[:, 0]
+    last = federated(problem, FULL, Budget(1, 40), steps=Steps(1.0, 1, 1.0), cohort=cohort).last
+    chosen = {1: [[0], [1], [2]], 2: [[0, 1], [0, 2], [1, 2]], 3: [[0, 1, 2]]}[cohort]
+    distances = np.abs(last[:, None] - np.stack([centres[some].mean(0) for some in chosen])[None]).max((-2, -1))
+    assert (distances.min(1) < 1e-12).all()
+    assert set(distances.argmin(1)) == set(range(len(chosen)))
+
+
+def test_the_server_step_is_eta_along_the_mean_pseudo_gradient():
+    problem, sketching = spread(), Sketching(rank=3)
+    plain, double = (
+        federated(problem, sketching, Budget(1, 4), steps=Steps(0.05, 4, server)).last - problem.start
+        for server in (0.2, 0.4)
+    )
+    np.testing.assert_allclose(double, 2 * plain, atol=1e-12)
+
+
+def test_private_sketches_of_alike_clients_save_rounds_and_of_unlike_ones_leave_a_floor():
+    """One step: the mean of G H_k descends faster than G H, but the mean of G_k H_k is not zero at the optimum."""
+    steps, budget = Steps(0.05, 1, 1.0), Budget(150, 10)
+    found = {}
+    for heterogeneity in (0.0, 0.5):
+        problem = spread(8, 1, heterogeneity, 0.0)
+        for is_shared in (True, False):
+            trace = federated(problem, Sketching(rank=1, is_shared=is_shared), budget, steps=steps)
+            found[heterogeneity, is_shared] = trace.gaps.mean(0)
+    np.testing.assert_allclose(found[0.0, True], found[0.5, True], rtol=1e-6)
+    assert found[0.0, False][-1] < found[0.0, True][-1]
+    assert found[0.5, False][-1] > 10 * found[0.5, True][-1]
+
+
+def test_measured_spreads_are_the_most_of_any_link():
+    problem = logistic_regression(SHAPE, Made(3, 4, heterogeneity=0.5, noise=0.1))
+    trace = sgd(problem, Sketching(rank=2), Budget(10, 5), gamma=0.1)
+    ends = np.concatenate([problem.start[None], trace.last])
+    assert trace.noise >= problem.noise(ends).max()
+    assert trace.heterogeneity >= problem.heterogeneity(ends).max() > 0
+
+
+def test_choices_that_cannot_be_run_are_refused():
+    problem = spread()
+    with pytest.raises(ValueError, match="unknown choice 'haar'"):
+        Sketching("haar")
+    with pytest.raises(ValueError, match="between 1 and 4"):
+        gd(problem, Sketching(rank=5, side="left"), Budget(1), gamma=1.0)
+    with pytest.raises(ValueError, match="full gradients"):
+        sgd(problem, Sketching(solver="exact"), Budget(1), gamma=1.0)
+    with pytest.raises(ValueError, match="the problem has 4"):
+        federated(problem, Sketching(), Budget(1), steps=Steps(0.1, 3, 1.0))
 
 
 def test_floats_to_accuracy_count_the_links_until_it_and_are_infinite_without():

@@ -35,7 +35,7 @@ def tasks():
 
 
 def test_the_floats_are_flat_in_the_rank_at_one_over_l(regimes):
-    """C11 of mathematics.md: within a fifth over ranks 1 to n, on either side, and of full gradient descent."""
+    """Within a fifth over ranks 1 to n, on either side, and of full gradient descent."""
     assert spread_over_ranks(regimes, "1/L") < 1.2
     assert spread_over_ranks(regimes, "1/L, B drawn") < 1.2
     full = mean_floats(regimes, "1/L", DIM)
@@ -61,6 +61,8 @@ def test_steps_of_the_subspace_save_floats(regimes):
     assert mean_floats(regimes, LOCAL, 8) < 0.7 * at_step
     assert mean_floats(regimes, EXACT, 8) < 0.25 * at_step
     assert mean_floats(regimes, EXACT, DIM) == OUT * DIM
+    # L_H is L where the subspace is all there is.
+    assert mean_floats(regimes, LOCAL, DIM) == mean_floats(regimes, "1/L", DIM)
 
 
 def test_small_ranks_bear_a_server_step_that_makes_full_gradients_diverge(regimes):

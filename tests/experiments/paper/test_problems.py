@@ -80,3 +80,69 @@ def test_the_spread_of_quadratics_is_the_same_at_all_points():
     for measure in (problem.noise, problem.heterogeneity):
         np.testing.assert_allclose(measure(points(3)), float(measure(points(1))[0]), rtol=1e-10)
         assert measure(points(1)) > 0
+
+
+@each
+def test_components_are_as_smooth_as_stated_and_one_of_them_no_more(name):
+    problem, W, V = PROBLEMS[name], points(200) / 10, points(200, 1) / 10
+    change = problem.components(W) - problem.components(V)
+    ratios = ((change**2).sum((-2, -1)) / ((W - V) ** 2).sum((-2, -1))[:, None, None]) ** 0.5
+    assert ratios.max() <= problem.component_smoothness * (1 + 1e-9)
+    assert ratios.max() > 0.2 * problem.component_smoothness
+    assert problem.component_smoothness >= problem.smoothness * (1 - 1e-9)
+
+
+@each
+def test_the_gap_is_zero_where_gradient_descent_ends(name):
+    """And nowhere less: f* is from a solve, this from a thousand steps."""
+    problem = PROBLEMS[name]
+    W = problem.start
+    for _ in range(1500):
+        W = W - problem.gradient(W) / problem.smoothness
+    assert abs(float(problem.gap(W))) < 1e-12
+    assert problem.gap(problem.start) > 1e-3
+
+
+def test_curvature_bounds_the_loss_from_above_and_equals_it_for_quadratics():
+    for problem in PROBLEMS.values():
+        W, D = points(50), points(50, 1)
+        C = problem.curvature
+        curved = D @ C if C.ndim == 2 else np.einsum("ijkl,skl->sij", C, D)
+        model = problem.gap(W) + ((problem.gradient(W) + curved / 2) * D).sum((-2, -1))
+        assert (problem.gap(W + D) <= model + 1e-9).all()
+        assert np.allclose(problem.gap(W + D), model, rtol=1e-9) == problem.is_quadratic
+
+
+@pytest.mark.parametrize("family", [least_squares, logistic_regression])
+def test_heterogeneity_sets_clients_apart(family):
+    """By more than the chance of their samples does."""
+    spreads = [
+        float(family(SHAPE, Made(4, 400, heterogeneity, 0.1, seed=2)).heterogeneity(points(1))[0])
+        for heterogeneity in (0.0, 1.0)
+    ]
+    assert spreads[1] > 3 * spreads[0]
+
+
+def test_the_spread_of_quadratics_grows_as_the_square_of_its_knobs():
+    C = geometric_spectrum(5, 20.0)
+    one, two = (spread_quadratic(SHAPE, C, Made(3, 4, k * 0.5, k * 0.3)).constants() for k in (1, 2))
+    assert two.heterogeneity == pytest.approx(4 * one.heterogeneity)
+    assert two.noise == pytest.approx(4 * one.noise)
+    assert two.gap == pytest.approx(one.gap)
+
+
+def test_known_constants_of_simple_families():
+    half = distance(SHAPE)
+    assert (half.smoothness, half.mu, half.counts) == (1.0, 1.0, (1, 1))
+    assert float(half.gap(half.start)) == pytest.approx(float((half.gradient(half.start) ** 2).sum()) / 2)
+    assert quadratic(SHAPE, geometric_spectrum(5, 20.0)).mu == pytest.approx(0.05)
+    assert quadratic(SHAPE, low_rank_spectrum(5, 2, 0.0)).mu == 1.0
+    assert np.linalg.matrix_rank(PROBLEMS["rank-deficient"].curvature) == 3
+    np.testing.assert_array_equal(low_rank_spectrum(4, 1, 0.1), [1.0, 0.1, 0.1, 0.1])
+
+
+def test_settings_without_a_problem_are_refused():
+    with pytest.raises(ValueError, match="n = 5 or m n = 15 eigenvalues; found 4"):
+        quadratic(SHAPE, np.ones(4))
+    with pytest.raises(ValueError, match="must be positive"):
+        logistic_regression(SHAPE, MADE, ridge=0.0)
