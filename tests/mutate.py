@@ -105,6 +105,17 @@ MUTATIONS = (
         ("tests/fedraclora/test_upload.py",),
     ),
     Mutation(
+        "forget in a dry run what clients keep of the open link",
+        (
+            Edit(
+                "strategies/dry_run.py",
+                ", self.state.held_open[partition] = self.chain.num_links, self.chain.version",
+                " = self.chain.num_links",
+            ),
+        ),
+        ("tests/strategies/test_dry_run.py",),
+    ),
+    Mutation(
         "add half of the noise",
         (Edit("fedraclora/privacy.py", "std = privacy.update_noise * clip", "std = privacy.update_noise * clip / 2"),),
         ("tests/conformance/test_privacy_runs.py",),
