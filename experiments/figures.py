@@ -12,21 +12,28 @@ from experiments.pareto import trade_of
 from experiments.pareto_figure import pareto_figure
 from experiments.plots import save_png
 from experiments.results import Runs
-from experiments.stored import is_stored, load_stored
+from experiments.stored import load_stored
 from experiments.styles import run_styles, variants_of
 from experiments.tables import comparison_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCS = ROOT / "experiments" / "results", ROOT / "docs"
+# Which figures of which stored comparison are shown somewhere.
+SHOWN = {
+    "all_methods": ("front_uplink", "front_total", "uplink", "total", "gap"),
+    "paper_fedslop": ("front_uplink", "total"),
+    "paper_mnist_dirichlet_100": ("uplink", "total"),
+}
 
 
 def main() -> None:
-    """Draw the figures of every stored comparison into a folder of `docs` that has its name."""
-    for folder in sorted(path for path in RESULTS.iterdir() if is_stored(path)):
-        for name, figure in figures(load_stored([folder])).items():
-            path = DOCS / folder.name / f"{name}.png"
+    """Draw the figures that are shown into folders of `docs` that have the comparisons' names."""
+    for folder, names in SHOWN.items():
+        drawn = figures(load_stored([RESULTS / folder]))
+        for name in names:
+            path = DOCS / folder / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_png(figure, path)
+            save_png(drawn[name], path)
             print(path.relative_to(ROOT))  # noqa: T201
 
 

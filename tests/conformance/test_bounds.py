@@ -62,6 +62,27 @@ class Wells:
         return away / (1 + away**2)
 
 
+@dataclass(frozen=True)
+class Unlike:
+    """Clients c_k ||W - W_k||^2 / 2, each of samples that are alike: s^2 is zero, and drift does not cancel."""
+
+    curvatures: np.ndarray
+    centres: np.ndarray
+
+    def gap(self, W):
+        return self.curvatures.mean() / 2 * ((W - self.optimum) ** 2).sum((-2, -1))
+
+    def gradient(self, W):
+        return self.curvatures.mean() * (W - self.optimum)
+
+    def component(self, W, client, sample):
+        return self.curvatures[client][..., None, None] * (W - self.centres[client])
+
+    @property
+    def optimum(self):
+        return np.average(self.centres, axis=0, weights=self.curvatures)
+
+
 def wells(made=APART):
     centres = 2 * generator(made.seed).standard_normal((made.clients, made.samples, *SHAPE))
     counts = (made.clients, made.samples)
@@ -173,6 +194,20 @@ def test_clients_keep_to_their_bounds_from_plain_averaging_to_large_server_steps
         found = constants_of(problem, trace)
         assert found.heterogeneity > 0
         assert_keeps(problem, trace, (theory.federated_nonconvex, theory.federated_pl), (found, steps, eigenvalues))
+
+
+@few
+def test_clients_that_differ_in_curvature_leave_a_floor_below_that_of_zeta_alone(sketching):
+    curvatures, centres = np.array([0.2, 0.6, 1.0]), generator(9).standard_normal((3, *SHAPE))
+    objective = Unlike(curvatures, centres)
+    mean = float(curvatures.mean())
+    problem = Problem("unlike", objective, np.zeros(SHAPE), mean, 1.0, mean, mean * np.eye(6), counts=(3, SAMPLES))
+    steps, eigenvalues = Steps(theory.reshuffling_step(1.0, SAMPLES), SAMPLES, 1.0), isotropic(sketching)
+    trace = federated(problem, sketching, BUDGET, steps=steps)
+    assert trace.noise < 1e-20
+    arguments = constants_of(problem, trace), steps, eigenvalues
+    assert_keeps(problem, trace, (theory.federated_nonconvex, theory.federated_pl), arguments)
+    assert trace.gaps[:, -1].min() > 1e-4
 
 
 @pytest.mark.parametrize("name", ["distance", "quadratic", "logistic", "wells"])

@@ -123,6 +123,17 @@ def test_heterogeneity_sets_clients_apart(family):
     assert spreads[1] > 3 * spreads[0]
 
 
+@pytest.mark.parametrize("name", ["spread", "ridge", "logistic"])
+def test_spreads_are_the_variances_within_and_between_clients(name):
+    problem, W = PROBLEMS[name], points(1)
+    gradients, within, between = problem.components(W)[0], 0.0, 0.0
+    for own in gradients:
+        between += float(((own.mean(0) - problem.gradient(W[0])) ** 2).sum()) / 3
+        within += sum(float(((one - own.mean(0)) ** 2).sum()) for one in own) / 12
+    assert float(problem.noise(W)[0]) == pytest.approx(within)
+    assert float(problem.heterogeneity(W)[0]) == pytest.approx(between)
+
+
 def test_the_spread_of_quadratics_grows_as_the_square_of_its_knobs():
     C = geometric_spectrum(5, 20.0)
     one, two = (spread_quadratic(SHAPE, C, Made(3, 4, k * 0.5, k * 0.3)).constants() for k in (1, 2))
