@@ -59,9 +59,9 @@ class DryRun(ChainStrategy):
     def is_exact(self) -> bool:
         """Return whether the bytes are those of the run, and not the most that they may be."""
         codecs = (self.settings.sending.codec, self.settings.downlink)
-        # Rounded coarsely, the numbers of an open link may come out as they were, and are then not sent again.
-        is_rounded = bool(self.settings.downlink) and not self.method.closes(1)
-        return not is_rounded and all(getattr(codec_of(text), "is_fixed_size", False) for text in codecs)
+        # Rounded coarsely, or kept in part, the numbers of an open link may come out as they were: not sent again then.
+        may_stand_still = any(codecs) and not self.method.closes(1)
+        return not may_stand_still and all(getattr(codec_of(text), "is_fixed_size", False) for text in codecs)
 
     def rounds_to(self, num_rounds: int) -> Iterator[RoundReport]:
         """Yield the reports of the rounds up to `num_rounds`; stops before the round that would exceed the budget.

@@ -51,7 +51,7 @@ def test_every_make_target_and_preset_that_the_readme_names_exists():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make (\w+)", README):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for preset in re.findall(r"experiment=(\w+)", README):
+    for preset in re.findall(r"experiment=([\w/]+)", README):
         assert (ROOT / "experiments" / "conf" / "experiment" / f"{preset}.yaml").is_file(), preset
 
 
