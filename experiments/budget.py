@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from experiments.compare import one_run
+from experiments.compare import check_names, one_run
 from experiments.forecast import Forecast, Known, build_method, forecast, summary_row
 from experiments.groups import plain_values
 from experiments.settings import BudgetSettings, Settings
@@ -23,6 +23,8 @@ from fedraclora.shapes_only import ShapesOnly
 log = logging.getLogger("fedraclora")
 
 FITS = ("rank", "local_steps", "rounds_per_link")
+# The settings of a budget, under a name that no run has.
+ABOUT = "budget_settings.yaml"
 # What is asked of a largest setting that no limit bounds.
 MOST_STEPS = 2**20
 # From here on digits behind the point say nothing.
@@ -40,10 +42,10 @@ class Planned:
     remark: str = ""
 
 
-def budget(settings: BudgetSettings, known: Known, console: Console) -> list[Planned]:
+def budget(settings: BudgetSettings, known: Known, console: Console, *, model: str | None = None) -> list[Planned]:
     """Print what each method would cost, write `budget.csv` and `budget_rounds.csv` where `out` is given.
 
-    Raises ValueError for settings that cannot be run.
+    `model` names the model where it is not the settings' plug-in. Raises ValueError for settings that cannot be run.
     """
     _check(settings)
     plans: list[Planned] = []
@@ -56,25 +58,31 @@ def budget(settings: BudgetSettings, known: Known, console: Console) -> list[Pla
     for line in remarks(plans, known):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if settings.out is not None:
-        _write(settings, plans, table, Path(settings.out))
+        _write(settings, plans, table, Path(settings.out), model)
         console.print(f"written: {Path(settings.out) / 'budget.csv'}", markup=False, highlight=False, soft_wrap=True)
     return plans
 
 
 def _check(settings: BudgetSettings) -> None:
-    if settings.fit is None:
-        return
-    if settings.fit not in FITS:
+    check_names(settings)
+    if settings.fit is not None and settings.fit not in FITS:
         raise ValueError(f"fit={settings.fit!r} is unknown; {nearest(settings.fit, FITS)}")
-    if settings.fit == "local_steps":
+    folder = None if settings.out is None else Path(settings.out)
+    if folder is not None and folder.exists() and any(folder.iterdir()) and not (folder / ABOUT).exists():
+        raise ValueError(f"out={folder} holds something that is no budget; name another folder")
+
+
+def _check_fit(settings: Settings, fit: str) -> None:
+    """Raise ValueError where fitting that setting means nothing."""
+    if fit == "local_steps":
         if settings.devices == "none" or not settings.deadline_s:
             raise ValueError(
                 "fit=local_steps: local steps cost time and no bytes; give devices=... and deadline_s=..., by which "
                 "every client has to answer"
             )
     elif settings.budget_mib is settings.uplink_mib is settings.per_client_mib is None:
-        raise ValueError(f"fit={settings.fit} needs a limit: budget_mib=..., uplink_mib=... or per_client_mib=...")
-    if settings.fit == "rank" and (settings.ranks or settings.client_ranks is not None):
+        raise ValueError(f"fit={fit} needs a limit: budget_mib=..., uplink_mib=... or per_client_mib=...")
+    if fit == "rank" and (settings.ranks or settings.client_ranks is not None):
         raise ValueError("fit=rank chooses one rank for all layers and clients; leave ranks and client_ranks out")
 
 
@@ -83,6 +91,7 @@ def plan(settings: Settings, known: Known, *, fit: str | None = None) -> Planned
     name = settings.label or str(settings.method.name)
     if fit is None:
         return Planned(name, forecast(settings, known), settings.rounds)
+    _check_fit(settings, fit)
     fitted, remark = _FIT[fit](settings, known)
     chosen = settings if fitted is None else _with(settings, fit, fitted)
     return Planned(name, forecast(chosen, known), settings.rounds, fitted, remark)
@@ -97,7 +106,7 @@ def _with(settings: Settings, name: str, value: int) -> Settings:
         return replace(settings, method=replace(settings.method, rounds_per_link=value))
     if name == "rank":
         return replace(settings, rank=value)
-    return replace(settings, local_steps=value)
+    return replace(settings, local_steps=value, local_epochs=0)
 
 
 def _is_affordable(settings: Settings, known: Known) -> bool:
@@ -151,14 +160,14 @@ def _fit_rounds_per_link(settings: Settings, known: Known) -> tuple[int | None, 
 
 def _fit_local_steps(settings: Settings, known: Known) -> tuple[int | None, str]:
     """Return the most local steps with which every client answers by the deadline, in every round."""
-    settings = replace(settings, local_epochs=0)
 
     def is_in_time(steps: int) -> bool:
         slowest = forecast(_with(settings, "local_steps", steps), known).slowest_s
         return slowest is not None and slowest <= settings.deadline_s
 
     if not is_in_time(1):
-        return None, "not even one local step fits the deadline"
+        is_affordable = bool(forecast(_with(settings, "local_steps", 1), known).reports)
+        return None, "not even one local step fits the deadline" if is_affordable else "no round is affordable"
     return largest(is_in_time, 1, MOST_STEPS), ""
 
 
@@ -232,6 +241,8 @@ def render(table: pd.DataFrame, *, fit: str | None) -> Table:
 def _cell(name: str, row: Mapping[Hashable, Any]) -> str:
     value = float(row[name])
     number = f"{value:,.0f}" if value >= LARGE else f"{value:.4g}"
+    if not row["all_answer"]:
+        return f"~ {number}"
     return number if row["is_exact"] or name == "hours" else f"<= {number}"
 
 
@@ -243,6 +254,12 @@ def remarks(plans: Sequence[Planned], known: Known) -> list[str]:
         for each in plans
         if each.told.stop_reason is not None
     ]
+    lines += [
+        f"{each.method}: ~: not all clients will answer in time (the slowest takes {each.told.slowest_s:.3g} s a "
+        "round), which is not reckoned with"
+        for each in plans
+        if not each.told.all_answer
+    ]
     if not all(each.told.is_exact for each in plans):
         lines.append("<=: the most that it may be; the size of such messages depends on their numbers")
     num_parameters = sum(tensor.numel() for tensor in known.model.parameters())
@@ -250,9 +267,12 @@ def remarks(plans: Sequence[Planned], known: Known) -> list[str]:
     return lines
 
 
-def _write(settings: BudgetSettings, plans: Sequence[Planned], table: pd.DataFrame, folder: Path) -> None:
+def _write(
+    settings: BudgetSettings, plans: Sequence[Planned], table: pd.DataFrame, folder: Path, model: str | None
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "budget.csv", index=False)
     rounds = [each.told.rounds().assign(method=each.method) for each in plans]
     pd.concat(rounds).to_csv(folder / "budget_rounds.csv", index=False)
-    write_atomically(folder / "settings.yaml", OmegaConf.to_yaml(OmegaConf.create(plain_values(settings))).encode())
+    values = plain_values(settings) | ({} if model is None else {"model": model})
+    write_atomically(folder / ABOUT, OmegaConf.to_yaml(OmegaConf.create(values)).encode())

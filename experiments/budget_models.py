@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torch import nn
 
 from experiments.forecast import Known
 from experiments.groups import CONF, GROUPS
-from experiments.problem import load_dataset, make_setup
+from experiments.problem import check_choices, load_dataset, make_setup
 from experiments.settings import BudgetSettings
 from fedraclora.plugins import CONTRACT, find, names, nearest
-from fedraclora.setup import split_dataset
+from fedraclora.setup import hold_out_own, split_dataset
 from fedraclora.shapes import META, TARGETS, module_of_shapes
 
 SHAPES = CONF / "shapes"
@@ -53,6 +54,12 @@ def known_model(
     `text` is what `split_model` gave; without it the model is the settings' plug-in, built for their data set, whose
     split tells each client's examples. Raises ValueError for what gives no model.
     """
+    check_choices(settings)
+    known, chosen = _found(text, settings, has_targets=has_targets)
+    return replace(known, model=known.model.to(getattr(torch, settings.dtype))), chosen
+
+
+def _found(text: str | None, settings: BudgetSettings, *, has_targets: bool) -> tuple[Known, BudgetSettings]:
     if text is None:
         return _plugin_model(settings), settings
     if text in shape_presets():
@@ -84,7 +91,8 @@ def _plugin_model(settings: BudgetSettings) -> Known:
     shape, outputs = dataset.input_shape, dataset.num_outputs
     module = _on_meta(lambda: plugin.build(settings.model, input_shape=shape, num_outputs=outputs))
     split = split_dataset(setup.partition, dataset, num_clients=settings.num_clients)
-    return Known(module, [len(rows) for rows in split.indices])
+    rows, _ = hold_out_own(dataset.train, dict(enumerate(split.indices)), setup)
+    return Known(module, [len(rows[client]) for client in sorted(rows)])
 
 
 def _model_of_shapes(path: Path, settings: BudgetSettings, *, has_targets: bool) -> tuple[Known, BudgetSettings]:

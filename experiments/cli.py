@@ -125,7 +125,7 @@ def _budget(arguments: list[str], console: Console) -> None:
 
     def job(settings: BudgetSettings) -> None:
         known, chosen = known_model(model, settings, has_targets=any(item.startswith("targets=") for item in others))
-        budget(chosen, known, console)
+        budget(chosen, known, console, model=model)
 
     _hydra("budget", others, BudgetSettings, job)
 

@@ -42,7 +42,8 @@ TUNING_SEED = 1_000_000
 # Folders of a comparison that are none of a method.
 PRETRAIN, TUNING = "pretrain", "tuning"
 # Of these, the comparison's own value is for the compared runs alone.
-NOT_PRETRAINED = {"budget_mib": None, "uplink_mib": None, "per_client_mib": None, "verify": False}
+LIMITS = {"budget_mib": None, "uplink_mib": None, "per_client_mib": None}
+NOT_PRETRAINED = {**LIMITS, "verify": False, "devices": "none", "deadline_s": 0.0}
 Score = Callable[[float], float]
 
 
@@ -84,7 +85,7 @@ def compare(settings: CompareSettings, console: Console) -> Path:
 
 def _check(settings: CompareSettings) -> None:
     """Raise ValueError for anything that cannot be run."""
-    _check_names(settings)
+    check_names(settings)
     for method in settings.methods:
         _grid(settings, method)
     _check_models(settings)
@@ -98,7 +99,8 @@ def _check(settings: CompareSettings) -> None:
         prepare(_pretraining(settings, Path(), seed))
 
 
-def _check_names(settings: CompareSettings) -> None:
+def check_names(settings: CompareSettings) -> None:
+    """Raise ValueError for methods, variants and settings of methods that do not go together."""
     if not settings.methods or len(set(settings.methods)) != len(settings.methods) or settings.seeds < 1:
         raise ValueError(
             f"methods={settings.methods} must name methods, each once, and seeds={settings.seeds} be positive"
@@ -273,6 +275,8 @@ def _pretrain_all(settings: CompareSettings, folder: Path, display: Display) -> 
             raise BudgetTooSmall(f"{PRETRAIN} cannot be trained: {refused[PRETRAIN]}")
         if read_json(path / "summary.json")["status"] == DIVERGED:
             raise Diverged(f"{PRETRAIN} diverged, see {path}; no run can start from it: try a smaller pretrain.lr")
+        if not pd.read_csv(path / "rounds.csv")["is_updated"].any():
+            raise ValueError(f"{PRETRAIN} has trained nothing, see {path}; its rounds have no usable reply")
 
 
 # ---- tuning

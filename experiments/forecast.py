@@ -10,7 +10,7 @@ from torch import nn
 from experiments.combinations import check_combination
 from experiments.devices import Device, load_devices, pair_time, round_time
 from experiments.groups import GROUPS
-from experiments.problem import make_adapter, round_settings
+from experiments.problem import check_choices, make_adapter, round_settings
 from experiments.settings import Settings
 from fedraclora.ledger import DOWN, MIB, UP, Traffic, bytes_by_partition
 from fedraclora.local_config import LocalConfig
@@ -21,6 +21,7 @@ from strategies.rounds import RoundReport
 from strategies.state import BudgetTooSmall
 
 HOUR_S = 3600
+BYTES = ("uplink_bytes", "downlink_bytes", "catchup_bytes")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Forecast:
     `is_exact` says that the bytes are those of the run, and not the most that they may be; `stop_reason` which limit
     ends it early. `seconds` is simulated time, None where no devices are simulated: it counts tensors only, so that it
     is a little short of what the run itself will say, whose messages have headers, too. `slowest_s` is the longest that
-    any one client takes for a round.
+    any one client takes for a round, and `all_answer` whether the devices let every client answer in time, which a
+    forecast supposes.
     """
 
     reports: Sequence[RoundReport]
@@ -49,6 +51,7 @@ class Forecast:
     stop_reason: str | None
     seconds: float | None = None
     slowest_s: float | None = None
+    all_answer: bool = True
 
     @property
     def traffic(self) -> Traffic:
@@ -71,8 +74,8 @@ class Forecast:
             }
             for report in self.reports
         ]
-        table = pd.DataFrame(rows)
-        for name in ("uplink_bytes", "downlink_bytes", "catchup_bytes"):
+        table = pd.DataFrame(rows, columns=["round", *BYTES])
+        for name in BYTES:
             table[f"cum_{name}"] = table[name].cumsum()
         return table
 
@@ -80,9 +83,10 @@ class Forecast:
 def forecast(settings: Settings, known: Known) -> Forecast:
     """Return what the run that the settings describe will cost.
 
-    Raises ValueError for settings that cannot be run, as `prepare` does. A run that cannot afford its first round has
-    no rounds.
+    Raises ValueError for settings that cannot be run, as `prepare` does, the machine's own aside. A run that cannot
+    afford its first round has no rounds.
     """
+    check_choices(settings)
     rounds = round_settings(settings)
     method = build_method(settings, known.model)
     check_combination(settings, method, rounds)
@@ -92,12 +96,14 @@ def forecast(settings: Settings, known: Known) -> Forecast:
     except BudgetTooSmall:
         reports = []
     devices = load_devices(settings.devices, settings.num_clients, settings.seed)
-    if not devices:
+    if not devices or not reports:
         return Forecast(reports, told.is_exact, told.stop_reason)
     steps = _steps(rounds.local, settings.num_clients, known.num_examples)
     times = [_times(report, devices, steps, settings.deadline_s) for report in reports]
-    seconds, slowest = sum(time for time, _ in times), max((slowest for _, slowest in times), default=0.0)
-    return Forecast(reports, told.is_exact, told.stop_reason, seconds, slowest)
+    seconds, slowest = sum(time for time, _ in times), max(slowest for _, slowest in times)
+    all_answer = all(device.availability == 1 and device.dropout == 0 for device in devices)
+    all_answer &= not settings.deadline_s or slowest <= settings.deadline_s
+    return Forecast(reports, told.is_exact, told.stop_reason, seconds, slowest, all_answer)
 
 
 def build_method(settings: Settings, model: nn.Module) -> Method:
@@ -144,6 +150,7 @@ def summary_row(name: str, told: Forecast, num_rounds: int) -> dict[str, Any]:
         "total_mib": traffic.total_bytes / MIB,
         "most_of_one_client_mib": told.most_of_one_client / MIB,
         "is_exact": told.is_exact,
+        "all_answer": told.all_answer,
         "is_whole": len(told.reports) == num_rounds,
         "stop_reason": told.stop_reason or "",
     }

@@ -1,6 +1,6 @@
 """From settings to the things that a run is made of, all checked before any training starts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,7 +76,8 @@ class Problem:
 
 def prepare(settings: Settings) -> Problem:
     """Return the problem that the settings describe. Raises ValueError for anything that cannot be run."""
-    _check_choices(settings)
+    check_choices(settings)
+    _check_machine(settings)
     dataset = load_dataset(settings)
     setup = make_setup(settings, dataset)
     split = split_dataset(setup.partition, dataset, num_clients=settings.num_clients)
@@ -257,6 +258,14 @@ def client_ranks(settings: Settings) -> tuple[int, ...]:
     wanted = settings.client_ranks
     if wanted is None:
         return ()
+    if not isinstance(wanted, Mapping | Sequence) or isinstance(wanted, str):
+        raise ValueError(
+            f"client_ranks={wanted!r} must be a list, a rank a client, or shares of the clients by rank, "
+            "{4: 0.5, 8: 0.5}; one rank for all is rank=8"
+        )
+    strange = [rank for rank in wanted if not str(rank).isdigit()]
+    if strange:
+        raise ValueError(f"client_ranks names {strange}, which are no ranks; they are whole numbers, at least 1")
     if not isinstance(wanted, Mapping):
         ranks = tuple(int(rank) for rank in wanted)
         if len(ranks) != settings.num_clients or min(ranks) < 1:
@@ -278,7 +287,8 @@ def _bytes(mib: float | None) -> float | None:
     return None if mib is None else mib * MIB
 
 
-def _check_choices(settings: Settings) -> None:
+def check_choices(settings: Settings) -> None:
+    """Raise ValueError for a value that is none of those that a setting can have, whatever the machine."""
     choices = (
         ("dtype", settings.dtype, DTYPES),
         ("eval_split", settings.eval_split, SPLITS),
@@ -302,6 +312,9 @@ def _check_choices(settings: Settings) -> None:
             raise ValueError(f"{key}={value} must be positive and finite")
     if not 0 <= settings.personal_fraction < 1:
         raise ValueError(f"personal_fraction={settings.personal_fraction} must lie in [0, 1)")
+
+
+def _check_machine(settings: Settings) -> None:
     if _is_elsewhere(settings) and getattr(settings.runtime, "superlink", None) is None:
         raise ValueError(
             f"with partition={settings.partition.name} the clients' data are on their own machines; that needs "

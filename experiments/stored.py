@@ -18,7 +18,7 @@ from fedraclora.files import write_atomically
 ROUNDS, LEDGER, ABOUT = "rounds.csv.gz", "ledger.csv", "runs.json"
 # Where files lie is another machine's business; of what was read the name is kept.
 PLACES = ("out", "resume")
-FILES = (".path", "start_from")
+FILES = (".path", "start_from", "devices")
 # Enough digits for any figure, and half the bytes.
 DIGITS = 6
 
@@ -40,7 +40,8 @@ def store(runs: Runs, folder: Path) -> None:
     settings = [_without_places(each) for each in runs.settings]
     shared = {key: value for key, value in settings[0].items() if all(_has(each, key, value) for each in settings)}
     about = {
-        "summaries": runs.summaries,
+        # An error's text may name folders.
+        "summaries": [{key: value for key, value in each.items() if key != "error"} for each in runs.summaries],
         "shared_settings": shared,
         "settings": [{key: value for key, value in each.items() if key not in shared} for each in settings],
     }
@@ -75,9 +76,13 @@ def load_stored(folders: Sequence[Path]) -> Runs:
 
 
 def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in settings.items() if key not in PLACES}
+    kept = {key: value for key, value in settings.items() if key not in PLACES and not _is_of_a_machine(key)}
     named = {key: Path(value).name for key, value in kept.items() if key.endswith(FILES) and isinstance(value, str)}
     return kept | named
+
+
+def _is_of_a_machine(key: str) -> bool:
+    return key.startswith("runtime.") and key != "runtime.name"
 
 
 def _rounded(value: float) -> float:

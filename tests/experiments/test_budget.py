@@ -63,7 +63,7 @@ def test_the_fitted_link_length_is_the_shortest_that_fits():
     found = plan(replace(chosen, budget_mib=wanted), MODEL, fit="rounds_per_link")
     assert found.fitted == next(length for length, total in totals.items() if total <= totals[3])
     assert plan(replace(chosen, budget_mib=1e-4), MODEL, fit="rounds_per_link").fitted is None
-    assert "no link length" in plan(settings(method="full"), MODEL, fit="rounds_per_link").remark
+    assert "no link length" in plan(settings(method="full", budget_mib=1.0), MODEL, fit="rounds_per_link").remark
 
 
 def test_the_fitted_local_steps_are_the_most_that_meet_the_deadline():
@@ -92,6 +92,52 @@ def budget_settings(**changes):
 def test_a_fit_that_means_nothing_is_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
         budget(budget_settings(**changes), MODEL, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"methods": []}, "must name methods"),
+        ({"methods": ["full", "full"]}, "each once"),
+        ({"method_settings": {"rac_lorra": {"side": "a"}}}, "rac_lora"),
+        ({"rounds": -2}, "rounds"),
+        ({"budget_mib": 0.0}, "budget_mib"),
+        ({"variants": {"v": {"method": "rac_lora", "ranks": {"fc1": 4}}}, "methods": ["v"], "fit": "rank",
+          "budget_mib": 1.0}, "leave ranks"),
+    ],
+)  # fmt: skip
+def test_what_no_comparison_would_run_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        budget(replace(budget_settings(), **changes), MODEL, Console(file=io.StringIO()))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "settings.yaml").write_text("methods: [full]\n")
+    with pytest.raises(ValueError, match="no budget"):
+        budget(budget_settings(out=str(tmp_path)), MODEL, Console(file=io.StringIO()))
+    assert (tmp_path / "settings.yaml").read_text() == "methods: [full]\n"
+
+
+def test_a_method_that_can_afford_no_round_has_an_empty_row(tmp_path):
+    budget(budget_settings(out=str(tmp_path / "b"), budget_mib=0.01), MODEL, Console(file=io.StringIO()))
+    table = pd.read_csv(tmp_path / "b" / "budget.csv")
+    assert (table["rounds"] > 0).tolist() == [True, False]
+
+
+def test_fitted_local_steps_are_those_that_are_forecast():
+    chosen = settings(method="full", rounds=2, devices="lte", deadline_s=0.25, local_steps=0, local_epochs=2)
+    found = plan(chosen, MODEL, fit="local_steps")
+    wanted = forecast(replace(chosen, local_steps=found.fitted, local_epochs=0), MODEL)
+    assert found.told.seconds == wanted.seconds
+    broke = plan(replace(chosen, budget_mib=1e-5), MODEL, fit="local_steps")
+    assert (broke.fitted, broke.remark) == (None, "no round is affordable")
+
+
+def test_clients_that_will_be_late_are_told_of():
+    late = plan(settings(method="full", rounds=2, devices="lte", deadline_s=0.01), MODEL)
+    assert not late.told.all_answer
+    assert any("not all clients will answer" in line for line in remarks([late], MODEL))
+    assert plan(settings(method="full", rounds=2, devices="lte", deadline_s=60.0), MODEL).told.all_answer
 
 
 def test_the_command_prints_and_writes_what_it_found(tmp_path):

@@ -8,7 +8,7 @@ from experiments.budget_models import known_model, shape_presets, split_model
 from experiments.forecast import forecast
 from experiments.settings import BudgetSettings
 from fedraclora.ledger import MIB
-from tests.helpers import settings
+from tests.helpers import federation, settings
 
 KIB = 1024
 ALL_BERT, ALL_LLAMA = (
@@ -78,6 +78,25 @@ def test_a_plug_in_is_built_for_its_data_and_tells_each_clients_examples():
     assert len(known.num_examples) == 6
     assert [tuple(tensor.shape) for tensor in known.model.parameters()] == [(12, 64), (12,), (10, 12), (10,)]
     assert all(tensor.is_meta for tensor in known.model.parameters())
+
+
+def test_the_bytes_are_those_of_the_runs_number_type():
+    uplinks = []
+    for dtype in ("float32", "float64"):
+        wanted = settings(BudgetSettings, dtype=dtype)
+        known, own = known_model(None, wanted)
+        uplinks.append(forecast(own, known).traffic.uplink_bytes)
+        spent = federation(settings(dtype=dtype)).run()
+        assert uplinks[-1] == sum(report.traffic.uplink_bytes for report in spent)
+    assert uplinks[1] == 2 * uplinks[0]
+    with pytest.raises(ValueError, match="dtype"):
+        known_model(None, settings(BudgetSettings, dtype="bfloat16"))
+
+
+def test_examples_that_clients_hold_out_are_not_counted():
+    whole, _ = known_model(None, settings(BudgetSettings))
+    kept, _ = known_model(None, settings(BudgetSettings, personal_fraction=0.5))
+    assert all(few < many for few, many in zip(kept.num_examples, whole.num_examples, strict=True))
 
 
 def test_a_file_of_shapes_is_read(tmp_path):

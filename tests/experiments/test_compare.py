@@ -469,3 +469,17 @@ def test_methods_may_leave_variants_of_a_preset_out(tmp_path):
     chosen = compare_settings(methods=["two"], variants=variants, seeds=1, rounds=1, out=str(tmp_path / "run"))
     compare(chosen, Console(file=io.StringIO()))
     assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["two"]
+
+
+def test_a_pretraining_is_not_simulated_on_devices_and_has_to_train_something(tmp_path, monkeypatch):
+    own = {"method": "full", "num_clients": 1, "rounds": 1, "local_steps": 100}
+    chosen = compare_settings(
+        methods=["full"], seeds=1, rounds=1, devices="lte", deadline_s=0.3, pretrain=own, out=str(tmp_path / "run")
+    )
+    compare(chosen, Console(file=io.StringIO()))
+    rounds = pd.read_csv(tmp_path / "run" / "pretrain" / "seed_0" / "rounds.csv")
+    assert rounds["is_updated"].tolist() == [False, True]
+    monkeypatch.setitem(experiments.compare.NOT_PRETRAINED, "devices", "lte")
+    monkeypatch.setitem(experiments.compare.NOT_PRETRAINED, "deadline_s", 0.01)
+    with pytest.raises(ValueError, match="trained nothing"):
+        compare(replace(chosen, out=str(tmp_path / "other")), Console(file=io.StringIO()))

@@ -41,15 +41,25 @@ def test_what_is_read_back_makes_the_same_tables(runs, tmp_path):
 
 
 def test_settings_are_those_of_the_runs_but_for_places(runs, tmp_path):
-    moved = [each | {"dataset.path": "/home/me/mnist.npz", "start_from": "/x/y/seed_3"} for each in runs.settings]
+    moved = [
+        each
+        | {
+            "dataset.path": "/home/me/mnist.npz",
+            "start_from": "/x/y/seed_3",
+            "devices": "/home/d.csv",
+            "runtime.superlink": "host:9",
+        }
+        for each in runs.settings
+    ]
     store(replace(runs, settings=moved), tmp_path)
     for before, after in zip(moved, load_stored([tmp_path]).settings, strict=True):
         assert after["dataset.path"] == "mnist.npz"
         assert after["start_from"] == "seed_3"
-        others = before.keys() - {"out", "resume", "dataset.path", "start_from"}
+        assert after["devices"] == "d.csv"
+        others = before.keys() - {"out", "resume", "dataset.path", "start_from", "devices", "runtime.superlink"}
         assert {key: after[key] for key in others} == {key: before[key] for key in others}
         assert "out" not in after
-    assert "/home" not in (tmp_path / ABOUT).read_text()
+    assert not any(word in (tmp_path / ABOUT).read_text() for word in ("/home", "host:9"))
 
 
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
