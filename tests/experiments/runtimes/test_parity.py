@@ -100,9 +100,10 @@ def test_exact_runs_end_with_one_digest_in_every_runtime(method, in_process, sim
 
 
 def assert_flower_counts_the_same_bytes(folder):
-    """The uplink within 2 %; the downlink with the SuperLink's answer to each upload.
+    """The uplink within 64 bytes a message (2 % of these small ones); the downlink with the SuperLink's answer to each.
 
-    It names, with 66 bytes each, the objects it wants: message, content, records, array and its chunk, seven of them.
+    What it adds to an upload are ids and times, whose lengths vary from run to run. The answer names, with 66 bytes
+    each, the objects it wants: message, content, records, array and its chunk, seven of them.
     """
     counted = read_json(folder / "flower" / "run.json")["network-traffic"]
     rows = pd.read_csv(folder / "ledger.csv")
@@ -110,7 +111,7 @@ def assert_flower_counts_the_same_bytes(folder):
     # One row of a kind that every upload has: 8 handshakes and 4 clients in each of 6 rounds.
     num_messages = int(((rows["direction"] == "up") & rows["kind"].isin(["setup", "metrics"])).sum())
     assert num_messages == 8 + 6 * 4
-    assert counted["inbound-bytes"] == pytest.approx(ours["up"], rel=0.02)
+    assert 0 < counted["inbound-bytes"] - ours["up"] < 64 * num_messages
     assert 0 < counted["outbound-bytes"] - ours["down"] < (7 * 66 + 150) * num_messages
 
 
