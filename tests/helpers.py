@@ -1,5 +1,6 @@
 """What several tests build: settings of a tiny run, the federation of such settings, and grids that watch or meddle."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -70,6 +71,16 @@ def settings(kind: type[Settings] = Settings, **changes: Any) -> Any:
 
 def compare_settings(**changes: Any) -> CompareSettings:
     return settings(CompareSettings, **changes)
+
+
+def shared_data(name: str) -> Path:
+    """Return a file of the shared test data; where it is not, the test is skipped, or fails where it has to be."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    file = Path(os.environ.get("FEDRACLORA_SHARED_DATA", default)) / name
+    if not file.is_file():
+        reason = f"{name} is not at {file}; set FEDRACLORA_SHARED_DATA to its folder"
+        (pytest.fail if os.environ.get("FEDRACLORA_REQUIRE_SHARED_DATA") else pytest.skip)(reason)
+    return file
 
 
 class Silent:

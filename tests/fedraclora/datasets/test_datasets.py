@@ -1,5 +1,4 @@
 import gzip
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedraclora import plugins
 from fedraclora.datasets import digits, mnist, mnist_5k, quadratic
+from tests.helpers import shared_data
 
 DATASETS = [name for name in plugins.names("fedraclora.datasets") if name != "glue"]  # needs a tokenizer: test_glue.py
 IDX_NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
@@ -70,12 +70,7 @@ def build(tmp_path):
 
 @pytest.fixture(scope="module")
 def shared_file():
-    default = Path(__file__).parents[4] / "shared" / "data"
-    file = Path(os.environ.get("FEDRACLORA_SHARED_DATA", default)) / "mnist.npz"
-    if not file.is_file():
-        reason = f"the full MNIST file is not at {file}; set FEDRACLORA_SHARED_DATA to its folder"
-        (pytest.fail if os.environ.get("FEDRACLORA_REQUIRE_SHARED_DATA") else pytest.skip)(reason)
-    return file
+    return shared_data("mnist.npz")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,7 @@
 import json
 import lzma
-import os
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from fedraclora.data import check_dataset
 from fedraclora.datasets import glue
 from fedraclora.datasets._glue_files import TASKS, as_rows, read_bundle
+from tests.helpers import shared_data
 
 PAIRS = ["mrpc", "rte", "stsb"]
 SINGLES = ["cola", "sst2"]
@@ -90,12 +89,7 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def shared_file():
-    default = Path(__file__).parents[4] / "shared" / "data"
-    file = Path(os.environ.get("FEDRACLORA_SHARED_DATA", default)) / "glue5.json.xz"
-    if not file.is_file():
-        reason = f"the bundle of GLUE is not at {file}; set FEDRACLORA_SHARED_DATA to its folder"
-        (pytest.fail if os.environ.get("FEDRACLORA_REQUIRE_SHARED_DATA") else pytest.skip)(reason)
-    return file
+    return shared_data("glue5.json.xz")
 
 
 # ---- the data set
